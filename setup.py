@@ -20,7 +20,7 @@ def installed_torch() -> Path | None:
 
 
 def cpu_kernels(torch: Path) -> Extension:
-    compile_args = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
+    compile_args = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-g0"]
     if platform.machine() == "x86_64" and platform.system() == "Linux":
         compile_args.append("-DDSSP_INSTRUCTION_SET_CLONES")  # baseline, AVX2 and AVX-512 in one file, chosen at run time
     return Extension(

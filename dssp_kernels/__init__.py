@@ -1,0 +1,15 @@
+"""Fused kernels for the mixed edges of differentiable architecture search."""
+
+from dssp_kernels.backend import get_backend, set_backend
+from dssp_kernels.mixed_sum.op import mixed_sum
+from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
+
+__all__ = [
+    "FusedMixedEdge",
+    "FusedMixedNode",
+    "PruningMask",
+    "get_backend",
+    "mixed_sum",
+    "prune_matrix",
+    "set_backend",
+]

@@ -1,0 +1,142 @@
+// Vectors of storage scalars (float, double, bfloat16, half) widened to the type sums are kept in.
+//
+// GCC/Clang vector extensions rather than intrinsics: one source serves every instruction set, and DSSP_CLONES compiles
+// a function for the x86-64 baseline, AVX2 and AVX-512 and picks one when the library is loaded.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define DSSP_INLINE inline __attribute__((always_inline))
+#ifdef DSSP_INSTRUCTION_SET_CLONES
+#define DSSP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DSSP_CLONES
+#endif
+
+
+namespace dssp {
+
+// Storage types without arithmetic of their own: they only exist in memory.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+using Vector4d = double __attribute__((vector_size(32)));
+using Vector8f = float __attribute__((vector_size(32)));
+using Vector8u = uint32_t __attribute__((vector_size(32)));
+using Vector8h = uint16_t __attribute__((vector_size(16)));
+
+template <typename To, typename From>
+DSSP_INLINE To bit_cast(const From& value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+template <typename Vector, typename Scalar>
+DSSP_INLINE Vector load_unaligned(const Scalar* from) {
+  Vector value;
+  std::memcpy(&value, from, sizeof(Vector));
+  return value;
+}
+
+DSSP_INLINE Vector8u select(Vector8u condition, Vector8u yes, Vector8u no) {  // condition: all ones or all zeros
+  return (condition & yes) | (~condition & no);
+}
+
+// Lanes<Scalar>: Vector (of sums), Sum (its element), width, load, store.
+template <typename Scalar>
+struct Lanes;
+
+template <>
+struct Lanes<double> {
+  using Sum = double;
+  using Vector = Vector4d;
+  static constexpr int64_t width = 4;
+  static DSSP_INLINE Vector load(const double* from) { return load_unaligned<Vector>(from); }
+  static DSSP_INLINE void store(double* to, Vector value) { std::memcpy(to, &value, sizeof(Vector)); }
+};
+
+struct SinglePrecisionSums {
+  using Sum = float;
+  using Vector = Vector8f;
+  static constexpr int64_t width = 8;
+};
+
+template <>
+struct Lanes<float> : SinglePrecisionSums {
+  static DSSP_INLINE Vector load(const float* from) { return load_unaligned<Vector>(from); }
+  static DSSP_INLINE void store(float* to, Vector value) { std::memcpy(to, &value, sizeof(Vector)); }
+};
+
+template <>
+struct Lanes<BFloat16> : SinglePrecisionSums {
+  static DSSP_INLINE Vector load(const BFloat16* from) {
+    return bit_cast<Vector>(__builtin_convertvector(load_unaligned<Vector8h>(from), Vector8u) << 16);
+  }
+  static DSSP_INLINE void store(BFloat16* to, Vector value) {  // round to nearest even; NaN stays a quiet NaN
+    const Vector8u bits = bit_cast<Vector8u>(value);
+    const Vector8u rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Vector8u is_nan = (Vector8u)((bits & 0x7fffffffu) > 0x7f800000u);
+    const Vector8h result = __builtin_convertvector(select(is_nan, Vector8u{} + 0x7fc0u, rounded), Vector8h);
+    std::memcpy(to, &result, sizeof(result));
+  }
+};
+
+template <>
+struct Lanes<Half> : SinglePrecisionSums {
+  // The multiply-by-a-power-of-two conversions of Maratyszcza's FP16 library (also c10/util/Half.h), on whole vectors.
+  static DSSP_INLINE Vector load(const Half* from) {
+    const Vector8u word = __builtin_convertvector(load_unaligned<Vector8h>(from), Vector8u) << 16;
+    const Vector8u sign = word & 0x80000000u;
+    const Vector8u doubled = word + word;
+    const Vector normal = bit_cast<Vector>((doubled >> 4) + (0xe0u << 23)) * 0x1.0p-112f;
+    const Vector subnormal = bit_cast<Vector>((doubled >> 17) | (126u << 23)) - 0.5f;
+    const Vector8u is_subnormal = (Vector8u)(doubled < (1u << 27));
+    return bit_cast<Vector>(sign | select(is_subnormal, bit_cast<Vector8u>(subnormal), bit_cast<Vector8u>(normal)));
+  }
+  static DSSP_INLINE void store(Half* to, Vector value) {
+    const Vector8u word = bit_cast<Vector8u>(value);
+    const Vector8u sign = word & 0x80000000u;
+    const Vector8u doubled = word + word;
+    Vector base = (bit_cast<Vector>(word & 0x7fffffffu) * 0x1.0p+112f) * 0x1.0p-110f;  // overflows to infinity
+    Vector8u bias = doubled & 0xff000000u;
+    bias = select((Vector8u)(bias < 0x71000000u), Vector8u{} + 0x71000000u, bias);
+    base = bit_cast<Vector>((bias >> 1) + 0x07800000u) + base;
+    const Vector8u bits = bit_cast<Vector8u>(base);
+    const Vector8u magnitude = ((bits >> 13) & 0x7c00u) + (bits & 0x0fffu);
+    const Vector8u is_nan = (Vector8u)(doubled > 0xff000000u);
+    const Vector8u half = (sign >> 16) | select(is_nan, Vector8u{} + 0x7e00u, magnitude);
+    const Vector8h result = __builtin_convertvector(half, Vector8h);
+    std::memcpy(to, &result, sizeof(result));
+  }
+};
+
+// The last few elements, fewer than a vector: through a padded copy, so that no byte outside the array is touched.
+template <typename Scalar>
+DSSP_INLINE typename Lanes<Scalar>::Vector load_first(const Scalar* from, int64_t count) {
+  Scalar padded[Lanes<Scalar>::width] = {};
+  std::memcpy(padded, from, sizeof(Scalar) * count);
+  return Lanes<Scalar>::load(padded);
+}
+
+template <typename Scalar>
+DSSP_INLINE void store_first(Scalar* to, typename Lanes<Scalar>::Vector value, int64_t count) {
+  Scalar padded[Lanes<Scalar>::width];
+  Lanes<Scalar>::store(padded, value);
+  std::memcpy(to, padded, sizeof(Scalar) * count);
+}
+
+template <typename Vector>
+DSSP_INLINE double sum_of_lanes(Vector value) {
+  double sum = 0;
+  for (unsigned lane = 0; lane < sizeof(Vector) / sizeof(value[0]); ++lane) sum += value[lane];
+  return sum;
+}
+
+}  // namespace dssp

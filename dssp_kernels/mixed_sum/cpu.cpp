@@ -1,0 +1,342 @@
+// mixed_sum on the CPU: y = sum_ek c[e,k] o[e,k] and its gradients, vectorised and multi-threaded.
+//
+// Registered for the CPU key through the LibTorch stable ABI (torch >= 2.10): one build serves every later torch.
+// op.py has checked the arguments: all entries share one shape, dtype and dense strides, so memory is walked flat.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu_vectors.h"
+
+namespace dssp {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Entries = std::vector<std::optional<Tensor>>;
+using Flags = std::vector<bool>;
+
+constexpr int64_t kBlock = 2048;       // elements; a block of the gradient stays in the first-level cache for all entries
+constexpr int64_t kMaxChunks = 1024;   // partial sums per entry are at most this many, however large the tensors
+constexpr int64_t kGrain = 32 * 1024;  // element visits below which a second thread costs more than it brings
+
+template <typename Use>
+void with_storage(ScalarType type, Use use) {
+  switch (type) {
+    case ScalarType::Float: return use(float{});
+    case ScalarType::Double: return use(double{});
+    case ScalarType::BFloat16: return use(BFloat16{});
+    case ScalarType::Half: return use(Half{});
+    default: STD_TORCH_CHECK(false, "mixed_sum: expected floating-point tensors");
+  }
+}
+
+Tensor empty_with(torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::headeronly::IntHeaderOnlyArrayRef strides, const Tensor& like) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_as(const Tensor& like) { return empty_with(like.sizes(), like.strides(), like); }
+
+Tensor no_elements(const Tensor& like) {
+  const int64_t size = 0, stride = 1;
+  return empty_with({&size, 1}, {&stride, 1}, like);
+}
+
+// ---- the small side: alpha, mask, active ---------------------------------------------------------------------------
+
+std::vector<double> read_scalars(const Tensor& tensor) {
+  std::vector<double> values(tensor.numel());
+  with_storage(tensor.scalar_type(), [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    const auto* data = static_cast<const Scalar*>(tensor.const_data_ptr());
+    for (size_t i = 0; i < values.size(); ++i) values[i] = load_first(data + i, 1)[0];
+  });
+  return values;
+}
+
+Tensor write_scalars(const std::vector<double>& values, const Tensor& like) {
+  Tensor result = empty_as(like);
+  with_storage(like.scalar_type(), [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    auto* data = static_cast<Scalar*>(result.mutable_data_ptr());
+    for (size_t i = 0; i < values.size(); ++i) {
+      typename Lanes<Scalar>::Vector value = {};
+      value[0] = static_cast<typename Lanes<Scalar>::Sum>(values[i]);
+      store_first(data + i, value, 1);
+    }
+  });
+  return result;
+}
+
+// Weights and gates of E edges with K candidates each, and the coefficients c[e,k] = active[e] gate[e] weight[e,k].
+struct Mixture {
+  int64_t edges, candidates;
+  std::vector<double> weights, gates, coefficients;
+  Flags active;
+
+  Mixture(int64_t entries, const Tensor& alpha, const std::optional<Tensor>& mask,
+          const std::optional<Tensor>& active_flags, bool softmax)
+      : edges(alpha.dim() == 2 ? alpha.size(0) : 1),
+        candidates(entries / edges),
+        weights(read_scalars(alpha)),
+        gates(edges, 1.0),
+        coefficients(entries),
+        active(edges, true) {
+    if (softmax) {
+      for (int64_t e = 0; e < edges; ++e) softmax_in_place(weights.data() + e * candidates);
+    }
+    if (mask) {
+      gates = read_scalars(*mask);
+      for (double& gate : gates) gate = 1.0 / (1.0 + std::exp(-gate));
+    }
+    if (active_flags) {
+      const auto* flags = static_cast<const bool*>(active_flags->const_data_ptr());
+      active.assign(flags, flags + edges);
+    }
+    for (int64_t i = 0; i < entries; ++i) coefficients[i] = gates[i / candidates] * weights[i];
+  }
+
+  bool is_active(int64_t entry) const { return active[entry / candidates]; }
+
+  // dots[e,k] = <grad, o[e,k]>  ->  d alpha (returned) and d mask
+  std::vector<double> parameter_gradients(const std::vector<double>& dots, bool softmax, std::vector<double>& d_mask) {
+    std::vector<double> d_alpha(weights.size(), 0.0);
+    for (int64_t e = 0; e < edges; ++e) {
+      if (!active[e]) continue;
+      double mean = 0;  // sum_k w d: what the edge's mix contributes, before its gate
+      for (int64_t i = e * candidates; i < (e + 1) * candidates; ++i) mean += weights[i] * dots[i];
+      d_mask[e] = gates[e] * (1.0 - gates[e]) * mean;
+      for (int64_t i = e * candidates; i < (e + 1) * candidates; ++i) {
+        d_alpha[i] = softmax ? coefficients[i] * (dots[i] - mean) : gates[e] * dots[i];
+      }
+    }
+    return d_alpha;
+  }
+
+ private:
+  void softmax_in_place(double* row) const {
+    const double largest = *std::max_element(row, row + candidates);
+    double sum = 0;
+    for (int64_t k = 0; k < candidates; ++k) sum += row[k] = std::exp(row[k] - largest);
+    for (int64_t k = 0; k < candidates; ++k) row[k] /= sum;
+  }
+};
+
+// ---- the large side: entries ---------------------------------------------------------------------------------------
+
+template <typename Scalar>
+using Sum = typename Lanes<Scalar>::Sum;
+
+// out[i] = sum_k coefficients[k] * inputs[k][i]  for begin <= i < end
+template <typename Scalar>
+DSSP_INLINE void weighted_sum(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count, Scalar* out,
+                              int64_t begin, int64_t end) {
+  using L = Lanes<Scalar>;
+  using Vector = typename L::Vector;
+  constexpr int64_t w = L::width;
+  int64_t i = begin;
+  for (; i + 4 * w <= end; i += 4 * w) {  // four sums in flight hide the latency of the multiply-add
+    Vector a = {}, b = {}, c = {}, d = {};
+    for (int64_t k = 0; k < count; ++k) {
+      const Scalar* input = inputs[k] + i;
+      const Sum<Scalar> coefficient = coefficients[k];
+      a += coefficient * L::load(input);
+      b += coefficient * L::load(input + w);
+      c += coefficient * L::load(input + 2 * w);
+      d += coefficient * L::load(input + 3 * w);
+    }
+    L::store(out + i, a);
+    L::store(out + i + w, b);
+    L::store(out + i + 2 * w, c);
+    L::store(out + i + 3 * w, d);
+  }
+  for (; i < end; i += w) {
+    const int64_t rest = std::min(w, end - i);
+    Vector a = {};
+    for (int64_t k = 0; k < count; ++k) a += coefficients[k] * load_first(inputs[k] + i, rest);
+    store_first(out + i, a, rest);
+  }
+}
+
+// d_input[i] = coefficient * grad[i]  for i < count
+template <typename Scalar>
+DSSP_INLINE void scale(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count) {
+  using L = Lanes<Scalar>;
+  int64_t i = 0;
+  for (; i + L::width <= count; i += L::width) L::store(d_input + i, coefficient * L::load(grad + i));
+  if (i < count) store_first(d_input + i, coefficient * load_first(grad + i, count - i), count - i);
+}
+
+// <grad, input>, and on the way d_input = coefficient * grad unless d_input is null
+template <typename Scalar>
+DSSP_INLINE double dot_and_scale(const Scalar* grad, const Scalar* input, Sum<Scalar> coefficient, Scalar* d_input,
+                                 int64_t count) {
+  using L = Lanes<Scalar>;
+  using Vector = typename L::Vector;
+  constexpr int64_t w = L::width;
+  Vector a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * w <= count; i += 4 * w) {
+    const Vector g0 = L::load(grad + i), g1 = L::load(grad + i + w);
+    const Vector g2 = L::load(grad + i + 2 * w), g3 = L::load(grad + i + 3 * w);
+    a += g0 * L::load(input + i);
+    b += g1 * L::load(input + i + w);
+    c += g2 * L::load(input + i + 2 * w);
+    d += g3 * L::load(input + i + 3 * w);
+    if (d_input) {
+      L::store(d_input + i, coefficient * g0);
+      L::store(d_input + i + w, coefficient * g1);
+      L::store(d_input + i + 2 * w, coefficient * g2);
+      L::store(d_input + i + 3 * w, coefficient * g3);
+    }
+  }
+  for (; i < count; i += w) {
+    const int64_t rest = std::min(w, count - i);
+    const Vector g = load_first(grad + i, rest);
+    a += g * load_first(input + i, rest);
+    if (d_input) store_first(d_input + i, coefficient * g, rest);
+  }
+  return sum_of_lanes((a + b) + (c + d));
+}
+
+// target_clones takes no templates: one plain function per storage type, compiled for every instruction set.
+#define DSSP_MIXED_SUM_LOOPS(Scalar)                                                                                 \
+  DSSP_CLONES void weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count,    \
+                                     Scalar* out, int64_t begin, int64_t end) {                                      \
+    weighted_sum<Scalar>(inputs, coefficients, count, out, begin, end);                                              \
+  }                                                                                                                  \
+  DSSP_CLONES void scale_loop(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count) {         \
+    scale<Scalar>(grad, coefficient, d_input, count);                                                                \
+  }                                                                                                                  \
+  DSSP_CLONES double dot_loop(const Scalar* grad, const Scalar* input, Sum<Scalar> coefficient, Scalar* d_input,     \
+                              int64_t count) {                                                                       \
+    return d_input ? dot_and_scale<Scalar>(grad, input, coefficient, d_input, count)                                 \
+                   : dot_and_scale<Scalar>(grad, input, coefficient, nullptr, count);                                \
+  }
+DSSP_MIXED_SUM_LOOPS(float)
+DSSP_MIXED_SUM_LOOPS(double)
+DSSP_MIXED_SUM_LOOPS(BFloat16)
+DSSP_MIXED_SUM_LOOPS(Half)
+
+// What is live of the entries: the tensors that are there and whose edge is active, with their coefficients.
+template <typename Scalar>
+void forward(const Entries& outputs, const Mixture& mixture, Tensor& result) {
+  std::vector<const Scalar*> inputs;
+  std::vector<Sum<Scalar>> coefficients;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!outputs[i] || !mixture.is_active(i)) continue;
+    inputs.push_back(static_cast<const Scalar*>(outputs[i]->const_data_ptr()));
+    coefficients.push_back(static_cast<Sum<Scalar>>(mixture.coefficients[i]));
+  }
+  auto* out = static_cast<Scalar*>(result.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(kGrain / (inputs.size() + 1), 1);
+  torch::stable::parallel_for(0, result.numel(), grain, [&](int64_t begin, int64_t end) {
+    weighted_sum_loop(inputs.data(), coefficients.data(), inputs.size(), out, begin, end);
+  });
+}
+
+// Fills the requested gradients of the entries and returns the dots <grad, o[e,k]> (zeros where nobody needs them).
+template <typename Scalar>
+std::vector<double> backward(const Tensor& grad, const Entries& outputs, const Mixture& mixture, bool needs_dots,
+                             const Entries& d_outputs) {
+  struct Work {
+    const Scalar* input;  // null: no dot
+    Scalar* d_input;      // null: no gradient
+    Sum<Scalar> coefficient;
+    bool active;
+  };
+  const int64_t entries = outputs.size();
+  std::vector<Work> work(entries);
+  for (int64_t i = 0; i < entries; ++i) {
+    const bool active = mixture.is_active(i);
+    work[i].input = needs_dots && active && outputs[i] ? static_cast<const Scalar*>(outputs[i]->const_data_ptr()) : nullptr;
+    work[i].d_input = d_outputs[i] ? static_cast<Scalar*>(d_outputs[i]->mutable_data_ptr()) : nullptr;
+    work[i].coefficient = static_cast<Sum<Scalar>>(mixture.coefficients[i]);
+    work[i].active = active;
+  }
+
+  // Chunks depend on the size alone, and their sums are added in order: the result is the same on any number of threads.
+  const int64_t n = grad.numel();
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  const int64_t chunk = kBlock * ((blocks + kMaxChunks - 1) / kMaxChunks);
+  const int64_t chunks = n == 0 ? 0 : (n + chunk - 1) / chunk;
+  std::vector<double> partial(chunks * entries, 0.0);
+  const auto* g = static_cast<const Scalar*>(grad.const_data_ptr());
+  const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(chunk * entries, 1), 1);
+  torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      for (int64_t begin = c * chunk; begin < std::min(n, (c + 1) * chunk); begin += kBlock) {
+        const int64_t count = std::min(kBlock, n - begin);
+        for (int64_t i = 0; i < entries; ++i) {
+          const Work& entry = work[i];
+          Scalar* d_input = entry.d_input ? entry.d_input + begin : nullptr;
+          if (entry.input) {
+            partial[c * entries + i] += dot_loop(g + begin, entry.input + begin, entry.coefficient, d_input, count);
+          } else if (d_input && entry.active) {
+            scale_loop(g + begin, entry.coefficient, d_input, count);
+          } else if (d_input) {
+            std::memset(static_cast<void*>(d_input), 0, sizeof(Scalar) * count);
+          }
+        }
+      }
+    }
+  });
+  std::vector<double> dots(entries, 0.0);
+  for (int64_t c = 0; c < chunks; ++c) {
+    for (int64_t i = 0; i < entries; ++i) dots[i] += partial[c * entries + i];
+  }
+  return dots;
+}
+
+// ---- the registered operators --------------------------------------------------------------------------------------
+
+Tensor mixed_sum_forward(Entries outputs, Tensor alpha, std::optional<Tensor> mask, std::optional<Tensor> active,
+                         bool softmax) {
+  const auto present = std::find_if(outputs.begin(), outputs.end(), [](const auto& entry) { return entry.has_value(); });
+  STD_TORCH_CHECK(present != outputs.end(), "mixed_sum_forward: at least one entry must be a tensor");
+  const Mixture mixture(outputs.size(), alpha, mask, active, softmax);
+  Tensor result = empty_as(**present);
+  with_storage(result.scalar_type(), [&](auto scalar) { forward<decltype(scalar)>(outputs, mixture, result); });
+  return result;
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> mixed_sum_backward(
+    Tensor grad, Entries outputs, Tensor alpha, std::optional<Tensor> mask, std::optional<Tensor> active, bool softmax,
+    Flags needs_output_grad, bool needs_parameter_grad) {
+  Mixture mixture(outputs.size(), alpha, mask, active, softmax);
+  std::vector<Tensor> requested;
+  Entries d_outputs(outputs.size());
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!needs_output_grad[i]) continue;
+    d_outputs[i] = empty_as(grad);
+    requested.push_back(*d_outputs[i]);
+  }
+  std::vector<double> dots;
+  with_storage(grad.scalar_type(), [&](auto scalar) {
+    dots = backward<decltype(scalar)>(grad, outputs, mixture, needs_parameter_grad, d_outputs);
+  });
+  if (!needs_parameter_grad) return {requested, no_elements(alpha), no_elements(alpha)};
+  std::vector<double> d_mask(mixture.edges, 0.0);
+  Tensor d_alpha = write_scalars(mixture.parameter_gradients(dots, softmax, d_mask), alpha);
+  return {requested, d_alpha, mask ? write_scalars(d_mask, *mask) : no_elements(alpha)};
+}
+
+}  // namespace
+}  // namespace dssp
+
+STABLE_TORCH_LIBRARY_IMPL(dssp_kernels, CPU, library) {
+  library.impl("mixed_sum_forward", TORCH_BOX(&dssp::mixed_sum_forward));
+  library.impl("mixed_sum_backward", TORCH_BOX(&dssp::mixed_sum_backward));
+}

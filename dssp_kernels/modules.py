@@ -1,0 +1,183 @@
+"""The modules that drop into a supernet: FusedMixedEdge, FusedMixedNode, PruningMask, and prune_matrix()."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dssp_kernels.mixed_sum.op import RELAXATIONS, mixed_sum
+
+
+class FusedMixedEdge(nn.Module):
+    """One edge of a supernet: sigmoid(mask) * sum_k softmax(alpha)_k * ops[k](x), mixed in one kernel.
+
+    Replaces DARTS' MixedOp (Liu et al. 2019, eq. 2). The candidates live in ``_ops`` as they do there, so checkpoints of
+    the candidates load both ways.
+
+    Args:
+        ops: the K candidate operations. None, or a module that returns None, is the zero op.
+        alpha: architecture parameters [K]; a Parameter is registered, any other tensor is only referred to. By default
+            the edge owns a Parameter drawn from 1e-3 * N(0, 1), as DARTS does.
+        mask: gate logit [1]. By default the edge owns a Parameter initialised to 1. False: the edge has no gate.
+        relaxation: ``"softmax"`` over alpha, or ``"given"``: alpha holds the weights themselves.
+
+    Whether an edge is pruned is not part of its state_dict.
+    """
+
+    alpha: Tensor
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        ops: Iterable[nn.Module | None],
+        *,
+        alpha: Tensor | None = None,
+        mask: Tensor | bool | None = None,
+        relaxation: str = "softmax",
+    ) -> None:
+        super().__init__()
+        self._ops = nn.ModuleList(ops)  # type: ignore[arg-type]  # entries may be None, as in nn.Module itself
+        if not any(op is not None for op in self._ops):
+            raise ValueError(f"ops: expected at least one module, got {len(self._ops)} entries without any")
+        if relaxation not in RELAXATIONS:
+            raise ValueError(f"relaxation: expected one of {', '.join(RELAXATIONS)}, got {relaxation!r}")
+        if mask is True:
+            raise TypeError("mask: expected a tensor, None (own one) or False (no gate), got True")
+        self.relaxation = relaxation
+        self.candidates = len(self._ops)
+        self.alpha = nn.Parameter(1e-3 * torch.randn(self.candidates)) if alpha is None else alpha
+        self.mask = nn.Parameter(torch.ones(1)) if mask is None else None if mask is False else mask
+        self._pruned = False
+        self._on_meta: list[nn.Module | None] = []  # copies of the candidates without data: they know output shapes
+        self._output_shapes: dict[torch.Size, torch.Size] = {}
+
+    @property
+    def is_pruned(self) -> bool:
+        """True if the edge runs no candidate and its output is zero."""
+        return self._pruned
+
+    def prune(self) -> None:
+        """Close the edge: no candidate runs, the output is zeros. restore() opens it again."""
+        if not self._on_meta:
+            self._on_meta = [None if op is None else copy.deepcopy(op).to("meta") for op in self._ops]
+        self._pruned = True
+
+    def restore(self) -> None:
+        """Open a pruned edge again. Raises RuntimeError after remove()."""
+        if self._pruned and not len(self._ops):
+            raise RuntimeError("restore: the edge was removed for good, its candidates no longer exist")
+        self._pruned = False
+
+    def remove(self) -> None:
+        """Prune for good: the candidates and their memory are given up."""
+        self.prune()
+        self._ops = nn.ModuleList()
+
+    def candidate_outputs(self, x: Tensor) -> list[Tensor | None]:
+        """What the candidates make of x: K entries, all None when the edge is pruned."""
+        if self._pruned:
+            return [None] * self.candidates
+        return [None if op is None else op(x) for op in self._ops]
+
+    def forward(self, x: Tensor, alpha: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Mix the candidates' outputs; alpha [K] and mask [1] default to the edge's own."""
+        if self._pruned:
+            return self.zero_output(x)
+        alpha = self.alpha if alpha is None else alpha
+        mask = self.mask if mask is None else mask
+        return mixed_sum(self.candidate_outputs(x), alpha, mask, relaxation=self.relaxation)
+
+    def zero_output(self, x: Tensor) -> Tensor:
+        """Zeros in the shape the candidates would give for x, found once per shape on copies without data."""
+        if x.shape not in self._output_shapes:
+            self._output_shapes[x.shape] = self._output_shape(x)
+        shape = self._output_shapes[x.shape]
+        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format).zero_()
+
+    def _output_shape(self, x: Tensor) -> torch.Size:
+        with torch.no_grad():
+            for op in self._on_meta:
+                y = None if op is None else op(torch.empty_like(x, device="meta"))
+                if y is not None:
+                    return y.shape
+        raise ValueError("ops: every candidate returned None, so the shape of the edge's output is unknown")
+
+    def extra_repr(self) -> str:
+        gate = "no gate" if self.mask is None else "gated"
+        return f"candidates={self.candidates}, {self.relaxation}, {gate}{', pruned' if self._pruned else ''}"
+
+
+class FusedMixedNode(nn.Module):
+    """A node of a cell: the sum of its E incoming mixed edges, all E*K candidates in one kernel.
+
+    Args:
+        edges: E FusedMixedEdge with the same number of candidates and the same relaxation.
+    """
+
+    def __init__(self, edges: Iterable[FusedMixedEdge]) -> None:
+        super().__init__()
+        self.edges = nn.ModuleList(edges)
+        if not len(self.edges):
+            raise ValueError("edges: expected at least one edge, got none")
+        for i, edge in enumerate(self.edges):
+            if not isinstance(edge, FusedMixedEdge):
+                raise TypeError(f"edges[{i}]: expected a FusedMixedEdge, got {type(edge).__name__}")
+            first: FusedMixedEdge = self.edges[0]  # type: ignore[assignment]  # ModuleList yields Module
+            if (edge.candidates, edge.relaxation) != (first.candidates, first.relaxation):
+                raise ValueError(
+                    f"edges[{i}]: expected {first.candidates} candidates under {first.relaxation!r} like the first "
+                    f"edge, got {edge.candidates} under {edge.relaxation!r}"
+                )
+            if (edge.mask is None) != (first.mask is None):
+                raise ValueError(f"edges[{i}]: either every edge of a node has a gate or none has")
+        self.relaxation = first.relaxation
+
+    def forward(self, states: Sequence[Tensor], alpha: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Sum over the edges; ``states[e]`` enters edge e. alpha [E, K] and mask [E] default to the edges' own."""
+        if len(states) != len(self.edges):
+            raise ValueError(f"states: expected one tensor per edge ({len(self.edges)}), got {len(states)}")
+        outputs: list[Tensor | None] = []
+        for edge, state in zip(self.edges, states, strict=True):
+            outputs += edge.candidate_outputs(state)  # type: ignore[operator]  # ModuleList yields Module
+        if all(output is None for output in outputs):
+            return self.edges[0].zero_output(states[0])  # type: ignore[operator]
+        if alpha is None:
+            alpha = torch.stack([edge.alpha for edge in self.edges])  # type: ignore[misc]
+        if mask is None and self.edges[0].mask is not None:
+            mask = torch.cat([edge.mask.reshape(1) for edge in self.edges])  # type: ignore[operator, union-attr]
+        return mixed_sum(outputs, alpha, mask, relaxation=self.relaxation)
+
+
+class PruningMask(nn.Module):
+    """A learnable gate: sigmoid(mask) * x, with mask [1] initialised to 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.mask).to(x.dtype) * x
+
+
+def prune_matrix(matrix: Tensor, mask: Tensor) -> Tensor:
+    """matrix where mask is 1, zero where it is 0 (whatever the matrix holds there, NaN included).
+
+    Args:
+        matrix: any shape, for example an adjacency or weight matrix.
+        mask: the same shape; bool, or numbers that are all 0 or 1.
+
+    Raises:
+        ValueError: naming both shapes if they differ, or when the mask holds anything but 0 and 1.
+    """
+    if matrix.shape != mask.shape:
+        raise ValueError(f"mask: expected the matrix's shape {list(matrix.shape)}, got {list(mask.shape)}")
+    if mask.dtype is not torch.bool:
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("mask: expected only 0 and 1, got other values")
+        mask = mask != 0
+    return torch.where(mask, matrix, 0)
