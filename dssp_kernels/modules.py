@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +21,23 @@ class FusedMixedEdge(nn.Module):
     Args:
         ops: the K candidate operations. None, or a module that returns None, is the zero op.
         alpha: architecture parameters [K]; a Parameter is registered, any other tensor is only referred to. By default
-            the edge owns a Parameter drawn from 1e-3 * N(0, 1), as DARTS does.
-        mask: gate logit [1]. By default the edge owns a Parameter initialised to 1. False: the edge has no gate.
+            the edge owns a Parameter drawn from 1e-3 * N(0, 1), as DARTS does. False: it has none, forward() is given it.
+        mask: gate logit [1]. By default the edge owns a Parameter initialised to 1. False: it has none, and no gate
+            unless forward() is given one.
         relaxation: ``"softmax"`` over alpha, or ``"given"``: alpha holds the weights themselves.
 
     Whether an edge is pruned is not part of its state_dict.
     """
 
-    alpha: Tensor
+    alpha: Tensor | None
     mask: Tensor | None
 
     def __init__(
         self,
         ops: Iterable[nn.Module | None],
         *,
-        alpha: Tensor | None = None,
-        mask: Tensor | bool | None = None,
+        alpha: Tensor | Literal[False] | None = None,
+        mask: Tensor | Literal[False] | None = None,
         relaxation: str = "softmax",
     ) -> None:
         super().__init__()
@@ -44,14 +46,15 @@ class FusedMixedEdge(nn.Module):
             raise ValueError(f"ops: expected at least one module, got {len(self._ops)} entries without any")
         if relaxation not in RELAXATIONS:
             raise ValueError(f"relaxation: expected one of {', '.join(RELAXATIONS)}, got {relaxation!r}")
-        if mask is True:
-            raise TypeError("mask: expected a tensor, None (own one) or False (no gate), got True")
+        for name, value in (("alpha", alpha), ("mask", mask)):
+            if value is not None and value is not False and not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, None (own one) or False (none), got {type(value).__name__}")
         self.relaxation = relaxation
         self.candidates = len(self._ops)
-        self.alpha = nn.Parameter(1e-3 * torch.randn(self.candidates)) if alpha is None else alpha
+        self.alpha = nn.Parameter(1e-3 * torch.randn(self.candidates)) if alpha is None else None if alpha is False else alpha
         self.mask = nn.Parameter(torch.ones(1)) if mask is None else None if mask is False else mask
         self._pruned = False
-        self._on_meta: list[nn.Module | None] = []  # copies of the candidates without data: they know output shapes
+        self._removed: list[nn.Module | None] = []  # copies without data of candidates that remove() gave up
         self._output_shapes: dict[torch.Size, torch.Size] = {}
 
     @property
@@ -61,20 +64,20 @@ class FusedMixedEdge(nn.Module):
 
     def prune(self) -> None:
         """Close the edge: no candidate runs, the output is zeros. restore() opens it again."""
-        if not self._on_meta:
-            self._on_meta = [None if op is None else copy.deepcopy(op).to("meta") for op in self._ops]
         self._pruned = True
 
     def restore(self) -> None:
         """Open a pruned edge again. Raises RuntimeError after remove()."""
-        if self._pruned and not len(self._ops):
+        if self._removed:
             raise RuntimeError("restore: the edge was removed for good, its candidates no longer exist")
         self._pruned = False
 
     def remove(self) -> None:
         """Prune for good: the candidates and their memory are given up."""
         self.prune()
-        self._ops = nn.ModuleList()
+        if not self._removed:
+            self._removed = _without_data(self._ops)
+            self._ops = nn.ModuleList()
 
     def candidate_outputs(self, x: Tensor) -> list[Tensor | None]:
         """What the candidates make of x: K entries, all None when the edge is pruned."""
@@ -87,6 +90,8 @@ class FusedMixedEdge(nn.Module):
         if self._pruned:
             return self.zero_output(x)
         alpha = self.alpha if alpha is None else alpha
+        if alpha is None:
+            raise ValueError("alpha: this edge owns none (alpha=False), expected a tensor [K] in forward()")
         mask = self.mask if mask is None else mask
         return mixed_sum(self.candidate_outputs(x), alpha, mask, relaxation=self.relaxation)
 
@@ -101,15 +106,21 @@ class FusedMixedEdge(nn.Module):
 
     def _output_shape(self, x: Tensor) -> torch.Size:
         with torch.no_grad():
-            for op in self._on_meta:
+            for op in self._removed or _without_data(self._ops):
                 y = None if op is None else op(torch.empty_like(x, device="meta"))
                 if y is not None:
                     return y.shape
         raise ValueError("ops: every candidate returned None, so the shape of the edge's output is unknown")
 
     def extra_repr(self) -> str:
+        """What repr() shows besides the candidates."""
         gate = "no gate" if self.mask is None else "gated"
         return f"candidates={self.candidates}, {self.relaxation}, {gate}{', pruned' if self._pruned else ''}"
+
+
+def _without_data(ops: Iterable[nn.Module | None]) -> list[nn.Module | None]:
+    """Copies that hold no memory but still know what shape they make of an input."""
+    return [None if op is None else copy.deepcopy(op).to("meta") for op in ops]
 
 
 class FusedMixedNode(nn.Module):
@@ -133,8 +144,8 @@ class FusedMixedNode(nn.Module):
                     f"edges[{i}]: expected {first.candidates} candidates under {first.relaxation!r} like the first "
                     f"edge, got {edge.candidates} under {edge.relaxation!r}"
                 )
-            if (edge.mask is None) != (first.mask is None):
-                raise ValueError(f"edges[{i}]: either every edge of a node has a gate or none has")
+            if (edge.mask is None, edge.alpha is None) != (first.mask is None, first.alpha is None):
+                raise ValueError(f"edges[{i}]: either every edge of a node owns alpha (and a mask) or none does")
         self.relaxation = first.relaxation
 
     def forward(self, states: Sequence[Tensor], alpha: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -147,6 +158,8 @@ class FusedMixedNode(nn.Module):
         if all(output is None for output in outputs):
             return self.edges[0].zero_output(states[0])  # type: ignore[operator]
         if alpha is None:
+            if self.edges[0].alpha is None:
+                raise ValueError("alpha: the edges own none (alpha=False), expected a tensor [E, K] in forward()")
             alpha = torch.stack([edge.alpha for edge in self.edges])  # type: ignore[misc]
         if mask is None and self.edges[0].mask is not None:
             mask = torch.cat([edge.mask.reshape(1) for edge in self.edges])  # type: ignore[operator, union-attr]

@@ -1,16 +1,48 @@
-"""Triton kernels and launchers of mixed_sum: one launch forward, two backward, whatever E and K."""
+"""Triton kernels and launchers of mixed_sum: one launch forward, two backward, whatever E and K.
+
+Tensors are addressed flat, by element. All but the last n % VECTOR elements are read and written 16 bytes at a time under a
+mask that is constant within 16 bytes; the last few go one by one, so an odd n costs nothing elsewhere.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+THREADS = 128
+NUM_WARPS = 2 if torch.version.hip else 4  # a warp is 64 threads on AMD's data centre GPUs
+# Programs per edge of the backward pass at most, each looping over its share. Fixed, so that the partial sums stay few and
+# results do not depend on the device: enough to fill the largest GPUs several times over.
+PROGRAMS = 1024
+FINISH_ELEMENTS = 8192  # partial sums that the finishing kernel reads at a time
+FINISH_WARPS = 8
+
+
+def _block(itemsize: int, candidates: int) -> tuple[int, int]:
+    """(elements per program and step, elements per 16 bytes): about eight 16-byte loads in flight per thread.
+
+    Many candidates bring enough loads by themselves; more would only cost registers and with them resident programs.
+    """
+    vector = 16 // itemsize
+    return THREADS * vector * (4 if candidates <= 2 else 2 if candidates <= 4 else 1), vector
+
+
+# ---- forward -----------------------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def _edge_factors(
-    alpha, mask, EDGE: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr
+    alpha,
+    mask,
+    EDGE: tl.constexpr,
+    K: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """The K scalars gate * weight of one edge."""
     weights = ()
@@ -18,7 +50,7 @@ def _edge_factors(
         weights = weights + (tl.load(alpha + EDGE * K + k).to(ACC),)
     scale = tl.full([], 1.0, ACC)
     if mask is not None:
-        scale = 1.0 / (1.0 + tl.exp(-tl.load(mask + (0 if SHARED else EDGE)).to(ACC)))
+        scale = 1.0 / (1.0 + tl.exp(-tl.load(mask + (0 if SHARED_MASK else EDGE)).to(ACC)))
     if SOFTMAX:
         largest = weights[0]
         for k in tl.static_range(1, K):
@@ -37,8 +69,20 @@ def _edge_factors(
 
 
 @triton.jit
-def _add_edge(total, outputs, offsets, inside, factors, EDGE: tl.constexpr, K: tl.constexpr):
-    """total + sum_k factors[k] * outputs[EDGE * K + k] at the offsets."""
+def _add_edge(
+    total,
+    outputs,
+    alpha,
+    mask,
+    offsets,
+    inside,
+    EDGE: tl.constexpr,
+    K: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+):
+    """total + sum_k gate * w_k * outputs[EDGE * K + k]."""
+    factors = _edge_factors(alpha, mask, EDGE, K, SHARED_MASK, SOFTMAX, total.dtype)
     for k in tl.static_range(K):
         if outputs[EDGE * K + k] is not None:
             x = tl.load(outputs[EDGE * K + k] + offsets, mask=inside)  # [SIZE]
@@ -55,24 +99,22 @@ def _mix(
     active,
     start,
     end,
+    E: tl.constexpr,
     K: tl.constexpr,
-    SHARED: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """y[start:end], at most SIZE elements of it."""
-    ACC: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    """Elements start .. start + SIZE of y, as far as end."""
     offsets = start + tl.arange(0, SIZE)
     inside = offsets < end
-    total = tl.zeros([SIZE], ACC)
-    for e in tl.static_range(len(outputs) // K):
+    total = tl.zeros([SIZE], tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32)
+    for e in tl.static_range(E):
         if active is None:
-            factors = _edge_factors(alpha, mask, e, K, SHARED, SOFTMAX, ACC)
-            total = _add_edge(total, outputs, offsets, inside, factors, e, K)
+            total = _add_edge(total, outputs, alpha, mask, offsets, inside, e, K, SHARED_MASK, SOFTMAX)
         else:
             if tl.load(active + e):
-                factors = _edge_factors(alpha, mask, e, K, SHARED, SOFTMAX, ACC)
-                total = _add_edge(total, outputs, offsets, inside, factors, e, K)
+                total = _add_edge(total, outputs, alpha, mask, offsets, inside, e, K, SHARED_MASK, SOFTMAX)
     tl.store(y + offsets, total.to(y.dtype.element_ty), mask=inside)  # [SIZE]
 
 
@@ -84,27 +126,33 @@ def mixed_sum_fwd_kernel(
     mask,
     active,
     n,
+    E: tl.constexpr,
     K: tl.constexpr,
-    SHARED: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    """y = sum_ek active[e] * sigmoid(mask[e]) * w[e, k] * outputs[e * K + k]; grid (blocks of whole vectors + rest)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     whole = (n // VECTOR).to(tl.int64) * VECTOR
     if start < whole:
-        _mix(y, outputs, alpha, mask, active, start, whole, K, SHARED, SOFTMAX, BLOCK)
+        _mix(y, outputs, alpha, mask, active, start, whole, E, K, SHARED_MASK, SOFTMAX, BLOCK)
     else:
-        _mix(y, outputs, alpha, mask, active, whole, n, K, SHARED, SOFTMAX, VECTOR)
+        _mix(y, outputs, alpha, mask, active, whole, n, E, K, SHARED_MASK, SOFTMAX, VECTOR)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _block_backward(
+def _differentiate(
     dots,
     grad,
     outputs,
     grads,
     factors,
+    live,
     start,
     end,
     DOTS: tl.constexpr,
@@ -112,88 +160,274 @@ def _block_backward(
     K: tl.constexpr,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
-    ACC: tl.constexpr,
 ):
+    """Write the input gradients of elements start .. start + SIZE, as far as end; return dots + their share of <grad, x_k>."""
+    ACC: tl.constexpr = factors[0].dtype
     offsets = start + tl.arange(0, SIZE)
     inside = offsets < end
-    g = tl.load(grad + offsets, mask=inside, other=0.0).to(ACC)  # [SIZE]
+    readable = inside if live is None else offsets < tl.where(live, end, 0)
+    g = tl.load(grad + offsets, mask=readable, other=0.0)  # [SIZE]
+    inputs = ()
+    # Every load before the first store: the compiler cannot know that the stores do not change what is loaded.
+    for k in tl.static_range(K):
+        if DOTS and outputs[EDGE * K + k] is not None:
+            inputs = inputs + (tl.load(outputs[EDGE * K + k] + offsets, mask=readable, other=0.0),)  # [SIZE]
+        else:
+            inputs = inputs + (None,)
+    g = g.to(ACC)
     sums = ()
     for k in tl.static_range(K):
-        if DOTS:
-            if outputs[EDGE * K + k] is not None:
-                x = tl.load(outputs[EDGE * K + k] + offsets, mask=inside, other=0.0)  # [SIZE]
-                product = tl.reshape(g * x.to(ACC), [LANES, SIZE // LANES])
-                sums = sums + (dots[k] + tl.sum(product, axis=1),)
-            else:
-                sums = sums + (dots[k],)
         if grads[EDGE * K + k] is not None:
-            tl.store(grads[EDGE * K + k] + offsets, (factors[k] * g).to(grad.dtype.element_ty), mask=inside)
+            tl.store(grads[EDGE * K + k] + offsets, (factors[k] * g).to(grad.dtype.element_ty), mask=inside)  # [SIZE]
+        if inputs[k] is not None:
+            sums = sums + (dots[k] + tl.sum(tl.reshape(g * inputs[k].to(ACC), [LANES, SIZE // LANES]), axis=1),)
+        elif DOTS:
+            sums = sums + (dots[k],)
     return sums
 
 
 @triton.jit
-def _interleave(parts, WIDTH: tl.constexpr):
-    """[LANES] x WIDTH -> [LANES, WIDTH]; WIDTH is a power of two."""
-    LANES: tl.constexpr = parts[0].shape[0]
+def _sum_each(dots, LANES: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+    """K vectors [LANES] -> their sums [WIDTH], zero from K on: one reduction with one synchronisation for all of them."""
+    parts = dots
+    for _ in tl.static_range(WIDTH - K):
+        parts = parts + (tl.zeros([LANES], dots[0].dtype),)
     for level in tl.static_range(1, WIDTH.bit_length()):
-        half: tl.constexpr = WIDTH // 2**level
         joined = ()
-        for i in tl.static_range(half):
-            joined = joined + (tl.join(parts[i], parts[i + half]),)
+        for k in tl.static_range(WIDTH >> level):
+            joined = joined + (tl.join(parts[k], parts[k + (WIDTH >> level)]),)
         parts = joined
-    return tl.reshape(parts[0], [LANES, WIDTH])
+    return tl.sum(tl.reshape(parts[0], [LANES, WIDTH]), axis=0)
 
 
 @triton.jit
-def _live_edge_backward(
+def _edge_backward(
     grad,
     outputs,
     grads,
     partials,
     alpha,
     mask,
+    active,
     n,
     EDGE: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
-    SHARED: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
-    STACK: tl.constexpr,
 ):
+    """This program's share of one edge. An inactive edge reads nothing, writes zero gradients and zero partial sums."""
     ACC: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
-    DOTS: tl.constexpr = partials is not None
     LANES: tl.constexpr = BLOCK // VECTOR
-    pid = tl.program_id(1)
+    DOTS: tl.constexpr = partials is not None
+    program = tl.program_id(1)
     programs = tl.num_programs(1)
-    factors = _edge_factors(alpha, mask, EDGE, K, SHARED, SOFTMAX, ACC)
+    factors = _edge_factors(alpha, mask, EDGE, K, SHARED_MASK, SOFTMAX, ACC)
+    live = None
+    if active is not None:
+        live = tl.load(active + EDGE)
+        kept = ()
+        for k in tl.static_range(K):
+            kept = kept + (tl.where(live, factors[k], 0.0),)  # alpha may be NaN
+        factors = kept
     dots = ()
     if DOTS:
         for _ in tl.static_range(K):
             dots = dots + (tl.zeros([LANES], ACC),)
     whole = (n // VECTOR).to(tl.int64) * VECTOR
-    for start in range(pid.to(tl.int64) * BLOCK, whole, programs * BLOCK):
-        dots = _block_backward(
-            dots, grad, outputs, grads, factors, start, whole, DOTS, EDGE, K, BLOCK, LANES, ACC
-        )
-    for start in range(whole + programs - 1 - pid, n, VECTOR):
-        dots = _block_backward(
-            dots, grad, outputs, grads, factors, start, n, DOTS, EDGE, K, LANES, LANES, ACC
-        )
+    for start in range(program.to(tl.int64) * BLOCK, whole, programs * BLOCK):
+        dots = _differentiate(dots, grad, outputs, grads, factors, live, start, whole, DOTS, EDGE, K, BLOCK, LANES)
+    # The rest, shorter than one vector, is the last program's.
+    if whole + (programs - 1 - program) * VECTOR < n:
+        dots = _differentiate(dots, grad, outputs, grads, factors, live, whole, n, DOTS, EDGE, K, LANES, LANES)
     if DOTS:
-        row = partials + (EDGE * programs + pid) * WIDTH
-        if STACK:
-            for _ in tl.static_range(WIDTH - K):
-                dots = dots + (tl.zeros([LANES], ACC),)
-            tl.store(row + tl.arange(0, WIDTH), tl.sum(_interleave(dots, WIDTH), axis=0))
-        else:
-            for k in tl.static_range(K):
-                tl.store(row + k, tl.sum(dots[k]))
+        row = partials + (EDGE * programs + program) * WIDTH
+        tl.store(row + tl.arange(0, WIDTH), _sum_each(dots, LANES, K, WIDTH))  # [WIDTH]
 
 
 @triton.jit(do_not_specialize=["n"])
-def mixed_sum_bwd_kernel(grad, outputs, grads, partials, alpha, mask, active, n, K: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, SOFTMAX: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STACK: tl.constexpr):
-    for e in tl.static_range(len(outputs) // K):
+def mixed_sum_bwd_kernel(
+    grad,
+    outputs,
+    grads,
+    partials,
+    alpha,
+    mask,
+    active,
+    n,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """grads[e * K + k] = factor[e, k] * grad, partials[e, program, k] = <grad, outputs[e * K + k]>; grid (E, programs).
+
+    Edges run fastest over the grid: programs that read the same part of grad run together and share it through the cache.
+    """
+    for e in tl.static_range(E):
         if tl.program_id(0) == e:
-            _live_edge_backward(grad, outputs, grads, partials, alpha, mask, n, e, K, WIDTH, SHARED, SOFTMAX, BLOCK, VECTOR, STACK)
+            _edge_backward(
+                grad, outputs, grads, partials, alpha, mask, active, n, e, K, WIDTH, SHARED_MASK, SOFTMAX, BLOCK, VECTOR
+            )
+
+
+@triton.jit(do_not_specialize=["programs"])
+def mixed_sum_bwd_finish_kernel(
+    partials,
+    grad_alpha,
+    grad_mask,
+    alpha,
+    mask,
+    active,
+    programs,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+):
+    """Partial sums [E, programs, WIDTH] -> gradients of alpha and mask; grid (E), or (1) where all edges share one mask."""
+    ACC: tl.constexpr = partials.dtype.element_ty
+    candidates = tl.arange(0, WIDTH)
+    exists = candidates < K
+    first = tl.program_id(0)
+    shared_total = tl.full([], 0.0, ACC)
+    for e in range(first, E if SHARED_MASK else first + 1):
+        d = tl.zeros([WIDTH], ACC)
+        for row in range(0, programs, ROWS):
+            rows = row + tl.arange(0, ROWS)[:, None]
+            tile = partials + (e * programs + rows) * WIDTH + candidates[None, :]
+            d += tl.sum(tl.load(tile, mask=rows < programs, other=0.0), axis=0)  # [ROWS, WIDTH]
+        w = tl.load(alpha + e * K + candidates, mask=exists, other=-float("inf") if SOFTMAX else 0.0).to(ACC)  # [WIDTH]
+        if SOFTMAX:
+            w = tl.exp(w - tl.max(w))
+            w = w / tl.sum(w)
+        mean = tl.sum(w * d)
+        d_alpha = w * (d - mean) if SOFTMAX else d
+        d_mask = mean
+        if mask is not None:
+            gate = 1.0 / (1.0 + tl.exp(-tl.load(mask + (0 if SHARED_MASK else e)).to(ACC)))
+            d_alpha = gate * d_alpha
+            d_mask = gate * (1.0 - gate) * mean
+        if active is not None:
+            live = tl.load(active + e)
+            d_alpha = tl.where(live, d_alpha, 0.0)
+            d_mask = tl.where(live, d_mask, 0.0)
+        tl.store(grad_alpha + e * K + candidates, d_alpha, mask=exists)  # [WIDTH]
+        if mask is not None:
+            if SHARED_MASK:
+                shared_total += d_mask
+            else:
+                tl.store(grad_mask + e, d_mask)
+    if SHARED_MASK:
+        tl.store(grad_mask, shared_total)
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------------------
+
+
+def mixed_sum_forward(
+    outputs: Sequence[Tensor | None], alpha: Tensor, mask: Tensor | None, active: Tensor | None, softmax: bool
+) -> Tensor:
+    """y as mixed_sum defines it. Relies on the checks of op.py: tensors of one shape, dtype, device and dense strides."""
+    y = torch.empty_like(next(output for output in outputs if output is not None))
+    n, candidates = y.numel(), alpha.shape[-1]
+    if n == 0:
+        return y
+    edges = len(outputs) // candidates
+    block, vector = _block(y.element_size(), candidates)
+    grid = (triton.cdiv(n // vector * vector, block) + (n % vector > 0),)
+    with torch.cuda.device_of(y):
+        mixed_sum_fwd_kernel[grid](
+            y,
+            tuple(outputs),
+            alpha,
+            mask,
+            active,
+            n,
+            E=edges,
+            K=candidates,
+            SHARED_MASK=mask is not None and mask.numel() < edges,
+            SOFTMAX=softmax,
+            BLOCK=block,
+            VECTOR=vector,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,  # Triton's default is about to change
+        )
+    return y
+
+
+def mixed_sum_backward(
+    grad: Tensor,
+    outputs: Sequence[Tensor | None],
+    alpha: Tensor,
+    mask: Tensor | None,
+    active: Tensor | None,
+    softmax: bool,
+    needs_output_grad: Sequence[bool],
+    needs_parameter_grad: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """(gradients asked for, in order; grad of alpha; grad of mask): the latter two empty where not asked for."""
+    grads = [torch.empty_like(grad) if needed else None for needed in needs_output_grad]
+    requested = [tensor for tensor in grads if tensor is not None]
+    n, candidates = grad.numel(), alpha.shape[-1]
+    edges = len(outputs) // candidates
+    grad_alpha = torch.empty_like(alpha) if needs_parameter_grad else alpha.new_empty(0)
+    grad_mask = torch.empty_like(mask) if needs_parameter_grad and mask is not None else alpha.new_empty(0)
+    if n == 0:
+        return requested, grad_alpha.zero_(), grad_mask.zero_()
+    if not requested and not needs_parameter_grad:
+        return requested, grad_alpha, grad_mask
+    block, vector = _block(grad.element_size(), candidates)
+    programs = min(PROGRAMS, triton.cdiv(n, block))
+    width = triton.next_power_of_2(candidates)
+    shared_mask = mask is not None and mask.numel() < edges
+    with torch.cuda.device_of(grad):
+        partials = None
+        if needs_parameter_grad:
+            dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
+            partials = torch.empty((edges, programs, width), dtype=dtype, device=grad.device)
+        mixed_sum_bwd_kernel[(edges, programs)](
+            grad,
+            tuple(outputs) if needs_parameter_grad else (None,) * len(outputs),
+            tuple(grads),
+            partials,
+            alpha,
+            mask,
+            active,
+            n,
+            E=edges,
+            K=candidates,
+            WIDTH=width,
+            SHARED_MASK=shared_mask,
+            SOFTMAX=softmax,
+            BLOCK=block,
+            VECTOR=vector,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )
+        if partials is not None:
+            mixed_sum_bwd_finish_kernel[(1 if shared_mask else edges,)](
+                partials,
+                grad_alpha,
+                grad_mask,
+                alpha,
+                mask,
+                active,
+                programs,
+                E=edges,
+                K=candidates,
+                WIDTH=width,
+                ROWS=max(1, min(PROGRAMS, FINISH_ELEMENTS // width)),
+                SHARED_MASK=shared_mask,
+                SOFTMAX=softmax,
+                num_warps=FINISH_WARPS,
+                enable_fp_fusion=True,
+            )
+    return requested, grad_alpha, grad_mask

@@ -1,0 +1,8 @@
+"""What watches a run: progress on the terminal, metrics in files, checkpoints."""
+
+from dssp.callbacks.checkpointing import Checkpointing
+from dssp.callbacks.metrics_log import MetricsLog
+from dssp.callbacks.progress import ProgressBar
+from dssp.callbacks.tensorboard import TensorBoard
+
+__all__ = ["Checkpointing", "MetricsLog", "ProgressBar", "TensorBoard"]

@@ -1,0 +1,32 @@
+"""Checkpoints: written whole or not at all, read without executing anything, the newest good one wins."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dssp.files import write_atomically
+
+KEEP = 2
+
+
+def save_checkpoint(folder: Path, name: str, epoch: int, state: dict[str, Any]) -> None:
+    """Write ``<name>-<epoch>.pt`` and drop all but the newest two of that name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{name}-{epoch:05d}.pt", lambda file: torch.save(state, file))
+    for old in sorted(folder.glob(f"{name}-*.pt"))[:-KEEP]:
+        old.unlink()
+
+
+def load_newest(folder: Path, name: str, device: torch.device) -> dict[str, Any] | None:
+    """The newest checkpoint of that name that can be read, or None; a damaged one is skipped with a warning."""
+    for path in sorted(folder.glob(f"{name}-*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            warnings.warn(f"{path}: damaged checkpoint skipped ({error})", RuntimeWarning, stacklevel=2)
+    return None

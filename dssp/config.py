@@ -1,0 +1,285 @@
+"""Configuration of a search and of a retraining: frozen dataclasses, and the command line built from them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+# What a None stands for, by data set: field -> (digits, all others).
+PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "SearchConfig": {
+        "epochs": (10, 50),
+        "batch_size": (64, 64),
+        "channels": (8, 16),
+        "cells": (3, 8),
+        "alpha_lr": (3e-3, 3e-4),
+        "mask_lr": (2e-2, 3e-3),
+        "warmup_epochs": (2, 15),
+        "prune_strategy": ("relative", "relative"),
+        "edge_budget": (0.5, 0.5),
+        "retrain_epochs": (20, 0),
+        "retrain_batch_size": (64, 96),
+        "retrain_channels": (8, 36),
+        "retrain_cells": (3, 20),
+    },
+    "RetrainConfig": {
+        "epochs": (20, 600),
+        "batch_size": (64, 96),
+        "channels": (8, 36),
+        "cells": (3, 20),
+    },
+}
+
+GROUPS = {
+    "data": "what to learn from",
+    "model": "the network",
+    "search": "how weights and architecture are trained",
+    "training": "how the derived network is trained",
+    "pruning": "how edges leave the search space",
+    "retraining": "the derived network, trained from scratch after the search",
+    "run": "where and how it runs",
+}
+
+RESIZED = ("imagefolder", "fake")  # the data sets whose images have no size of their own
+NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+
+
+class ConfigError(ValueError):
+    """A field with a value that cannot be. `field` names it, `reason` says what came and what was expected."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+def option(default: Any, help: str, group: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A configuration field: its default, its help, its group in `--help`, and the bounds of its value (inclusive)."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "low": low, "high": high})
+
+
+C = TypeVar("C", bound="_Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    """What every command shares. Raises ConfigError (a ValueError) for a value that cannot be."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder", "fake"] = option(
+        "digits", "images to learn from", "data"
+    )
+    data_path: str | None = option(
+        None, "folder of the data set (imagefolder), or where to keep downloads; default ~/.cache/dssp", "data"
+    )
+    image_size: int | None = option(
+        None, "side in pixels of the square that images become (imagefolder, fake; default 32)", "data", low=1
+    )
+    batch_size: int | None = option(None, "images per step", "data", low=1)
+    channels: int | None = option(None, "channels of the first cells", "model", low=1)
+    cells: int | None = option(None, "cells in the network", "model", low=1)
+    seed: int = option(0, "fixes split, initial weights, order and augmentation", "run", low=0, high=2**63 - 1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", "run")
+    run_dir: str | None = option(None, "run folder; default runs/<time>-<method>", "run")
+    resume: bool = option(False, "continue the run in --run-dir where it stopped", "run")
+    threads: int | None = option(None, "CPU threads; default: torch's choice", "run", low=1)
+    workers: int = option(2, "threads that decode the images of an image folder", "run", low=1)
+
+    def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, types[field.name], getattr(self, field.name)))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.image_size is not None and self.dataset not in RESIZED:
+            raise ConfigError("image_size", f"only {' and '.join(RESIZED)} are resized, got dataset {self.dataset}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[C], fields: object) -> C:
+        """The configuration that `to_dict` wrote. Raises ValueError naming the field that is unknown or wrong."""
+        if not isinstance(fields, dict):
+            raise ValueError(f"configuration: expected an object, got {type(fields).__name__}")
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise ConfigError(str(name), f"unknown field, expected one of {', '.join(known)}")
+        for name, field in known.items():
+            if field.default is dataclasses.MISSING and name not in fields:
+                raise ConfigError(name, "missing")
+        return cls(**fields)
+
+    def resolve(self: C) -> C:
+        """A copy in which every None that has a preset for the data set is filled."""
+        return dataclasses.replace(self, **{k: v for k, v in self._presets().items() if getattr(self, k) is None})
+
+    def _presets(self) -> dict[str, Any]:
+        column = 0 if self.dataset == "digits" else 1
+        return {field: values[column] for field, values in PRESETS[type(self).__name__].items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(_Config):
+    """Everything that decides a search."""
+
+    space: Literal["darts"] = option("darts", "search space", "model")
+    nodes: int = option(4, "nodes per cell", "model", low=1)
+    method: Literal["dssp", "darts"] = option(
+        "dssp",
+        "dssp learns a mask per edge and prunes; darts keeps every edge, with 'none' among the candidates",
+        "search",
+    )
+    epochs: int | None = option(None, "passes over the training half, warm-up included", "search", low=1)
+    weight_lr: float = option(0.025, "learning rate of the weights (SGD, cosine)", "search", low=0)
+    weight_lr_min: float = option(0.001, "where the cosine ends", "search", low=0)
+    momentum: float = option(0.9, "momentum of the weights", "search", low=0, high=1)
+    weight_decay: float = option(3e-4, "weight decay of the weights", "search", low=0)
+    grad_clip: float = option(5.0, "largest gradient norm of the weights", "search", low=0)
+    alpha_lr: float | None = option(None, "learning rate of the architecture parameters (Adam)", "search", low=0)
+    alpha_weight_decay: float = option(1e-3, "weight decay of the architecture parameters", "search", low=0)
+    warmup_epochs: int | None = option(
+        None, "first epochs that train weights only; the preset scales with --epochs", "search", low=0
+    )
+    mask_lr: float | None = option(None, "learning rate of the masks (Adam)", "pruning", low=0)
+    lambda_prune: float = option(0.01, "weight of the penalty: lambda * sum of sigmoid(mask)", "pruning", low=0)
+    prune_strategy: Literal["relative", "absolute", "budget", "measured", "none"] | None = option(
+        None,
+        "relative: gate below the threshold times its node's mean; absolute: gate below the threshold (the paper); "
+        "budget: lowest gates first, on a schedule down to --edge-budget; measured: gates propose, the loss on "
+        "held-out images decides; none: nothing is pruned",
+        "pruning",
+    )
+    prune_threshold: float = option(0.5, "threshold of relative and absolute pruning", "pruning", low=0)
+    prune_every: int = option(1, "epochs between two pruning points", "pruning", low=1)
+    edge_budget: float | None = option(
+        None, "share of the edges still active at the end (budget strategy)", "pruning", low=0, high=1
+    )
+    min_edges: int = option(1, "incoming edges that every node keeps", "pruning", low=1)
+    max_edges_per_node: int = option(2, "incoming edges per node of the derived cell", "pruning", low=1)
+    retrain_epochs: int | None = option(None, "passes over all training images; 0 = no retraining", "retraining", low=0)
+    retrain_batch_size: int | None = option(None, "images per step", "retraining", low=1)
+    retrain_channels: int | None = option(None, "channels of the first cells", "retraining", low=1)
+    retrain_cells: int | None = option(None, "cells in the derived network", "retraining", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs is not None and self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            raise ConfigError("warmup_epochs", f"expected at most the {self.epochs} epochs, got {self.warmup_epochs}")
+        if self.method == "darts" and self.prune_strategy not in (None, "none"):
+            raise ConfigError("prune_strategy", f"method darts prunes nothing, got {self.prune_strategy}")
+
+    def _presets(self) -> dict[str, Any]:
+        """The presets of the data set; the warm-up keeps its share of the epochs, and darts prunes nothing."""
+        presets = super()._presets()
+        if self.epochs is not None:
+            presets["warmup_epochs"] = presets["warmup_epochs"] * self.epochs // presets["epochs"]
+        if self.method == "darts":
+            presets["prune_strategy"] = "none"
+        return presets
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig(_Config):
+    """Everything that decides a retraining."""
+
+    genotype: str = option(dataclasses.MISSING, "genotype.json of a search, or a file with DARTS' text", "model")
+    epochs: int | None = option(None, "passes over all training images", "training", low=1)
+    lr: float = option(0.025, "learning rate (SGD, cosine down to 0)", "training", low=0)
+    momentum: float = option(0.9, "momentum", "training", low=0, high=1)
+    weight_decay: float = option(3e-4, "weight decay", "training", low=0)
+    grad_clip: float = option(5.0, "largest gradient norm", "training", low=0)
+
+
+def parse_search(argv: Sequence[str] | None = None) -> SearchConfig:
+    """The configuration on the command line of `python -m dssp.search`; a bad one ends the process with one line."""
+    return _parse(
+        SearchConfig, "dssp.search", "Search for a cell, prune the space while searching, derive a genotype.", argv
+    )
+
+
+def parse_retrain(argv: Sequence[str] | None = None) -> RetrainConfig:
+    """The configuration on the command line of `python -m dssp.retrain`; a bad one ends the process with one line."""
+    return _parse(RetrainConfig, "dssp.retrain", "Train the network of a genotype from scratch and test it.", argv)
+
+
+def _kind(hint: Any) -> tuple[type, tuple[str, ...] | None, bool]:
+    """A field's type as (bool, int, float or str; its choices, if it has any; whether None is allowed)."""
+    options = get_args(hint) if NoneType in get_args(hint) else (hint,)
+    kind = next(option for option in options if option is not NoneType)
+    if get_origin(kind) is Literal:
+        return str, get_args(kind), NoneType in options
+    return kind, None, NoneType in options
+
+
+def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    """`value` if it is of the field's type and within its bounds; a whole number becomes float where that is wanted."""
+    kind, choices, optional = _kind(hint)
+    if value is None and optional:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(field.name, f"expected {NAMES[kind]}, got {value!r}")
+    if choices and value not in choices:
+        raise ConfigError(field.name, f"expected one of {', '.join(choices)}, got {value!r}")
+    low, high = field.metadata["low"], field.metadata["high"]
+    if low is not None and value < low:
+        raise ConfigError(field.name, f"expected at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ConfigError(field.name, f"expected at most {high}, got {value}")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the page of usage."""
+        self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
+
+
+def _parse(config: type[C], prog: str, description: str, argv: Sequence[str] | None) -> C:
+    prog = f"python -m {prog}"
+    parser = _Parser(prog=prog, usage=f"{prog} [flags]", description=description, allow_abbrev=False)
+    types, fields = get_type_hints(config), dataclasses.fields(config)
+    for group, subject in GROUPS.items():
+        members = [field for field in fields if field.metadata["group"] == group]
+        section = parser.add_argument_group(group, subject) if members else None
+        for field in members:
+            _add_flag(section or parser, field, types[field.name], PRESETS[config.__name__].get(field.name))
+    try:
+        parsed = config(**vars(parser.parse_args(argv)))
+        parsed.resolve()  # a flag may contradict a preset
+    except ConfigError as error:
+        parser.error(f"argument --{error.field.replace('_', '-')}: {error.reason}")
+    return parsed
+
+
+def _add_flag(
+    section: argparse._ActionsContainer, field: dataclasses.Field[Any], hint: Any, preset: tuple[Any, Any] | None
+) -> None:
+    flag, explanation = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%", "%%")
+    kind, choices, _ = _kind(hint)
+    if kind is bool:
+        section.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=explanation)
+        return
+    required = field.default is dataclasses.MISSING
+    if preset is not None and preset[0] != preset[1]:
+        explanation += f" (digits {preset[0]}, others {preset[1]})"
+    elif preset is not None or (field.default is not None and not required):
+        explanation += f" (default {preset[0] if preset else field.default})"
+    metavar = {int: "N", float: "X", str: field.name.split("_")[-1].upper()}[kind]
+    section.add_argument(
+        flag,
+        type=kind,
+        choices=choices,
+        metavar=None if choices else metavar,
+        required=required,
+        default=argparse.SUPPRESS,
+        help=explanation,
+    )

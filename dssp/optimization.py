@@ -1,0 +1,55 @@
+"""What searching and retraining share of weight optimisation: SGD, the cosine, one clipped step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def sgd(weights: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD as DARTS uses it, updating all weights in a few batched kernels."""
+    return torch.optim.SGD(weights, lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
+
+
+def cosine(epoch: int, epochs: int, *, start: float, end: float) -> float:
+    """Learning rate of an epoch: from ``start`` towards ``end`` along half a cosine (a function of the epoch alone)."""
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * epoch / epochs))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The same learning rate for all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def weight_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, *, grad_clip: float
+) -> dict[str, Tensor]:
+    """One step on the cross-entropy with the gradient norm clipped; detached scalars train_loss, train_accuracy."""
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    nn.utils.clip_grad_norm_(weights, grad_clip, foreach=True)
+    optimizer.step()
+    return {"train_loss": loss.detach(), "train_accuracy": (logits.detach().argmax(1) == labels).float().mean()}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Mean loss and accuracy over all images, in eval mode."""
+    was_training = model.training
+    model.eval()
+    losses, hits, count = [], [], 0
+    for images, labels in batches:
+        logits = model(images)
+        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        hits.append((logits.argmax(1) == labels).sum())
+        count += len(labels)
+    model.train(was_training)
+    return float(torch.stack(losses).sum()) / count, float(torch.stack(hits).sum()) / count

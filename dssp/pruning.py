@@ -1,0 +1,200 @@
+"""Which edges leave the search space, and when: normalised gates, the four strategies, the measured effect.
+
+Why gates are normalised. Every path out of a cell ends in a BatchNorm, so the loss does not see a common scale of a
+node's gates; the penalty pulls exactly along that direction and, under Adam, at the optimizer's own pace whatever lambda
+is. Raw gates therefore sink together and say little. What the loss does see is a gate relative to the others that enter
+the same node, so that is what is compared:
+
+    s_e = sigmoid(m_e) / mean over the live in-edges e' of e's node of sigmoid(m_e')
+
+Why gates only propose. A relative gate is still a learned parameter with noise in it. Under the default strategy it picks
+which edges to look at; the loss increase on fixed held-out images when an edge is masked decides which of them go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dssp.supernet import CELL_TYPES, Supernet
+
+STRATEGIES = ("measured", "budget", "relative", "absolute", "none")
+SCHEDULED_SHARE = 0.75  # of the epochs after warm-up: the rest trains what is left
+
+
+@dataclass(frozen=True)
+class PruningRules:
+    """When and how much to prune.
+
+    Strategies:
+        absolute: every edge with sigmoid(m) < threshold, as the paper writes it.
+        relative: every edge with normalised gate s < threshold.
+        budget: the lowest s, until the schedule's number of edges is reached.
+        measured: as budget, but twice as many edges are proposed and those leave whose masking costs least.
+        none: nothing is pruned.
+    """
+
+    strategy: str
+    threshold: float
+    min_edges: int
+    edge_budget: float
+    warmup_epochs: int
+    epochs: int
+    every: int
+
+    def points(self) -> list[int]:
+        """The epochs at whose end edges may leave."""
+        if self.strategy == "none":
+            return []
+        last = self.warmup_epochs + math.ceil(SCHEDULED_SHARE * (self.epochs - self.warmup_epochs))
+        return list(range(self.warmup_epochs + self.every - 1, min(last, self.epochs), self.every))
+
+    def target(self, epoch: int, edges: int) -> int:
+        """How many of ``edges`` the schedule leaves after the pruning point at the end of ``epoch``."""
+        points = self.points()
+        passed = sum(point <= epoch for point in points) / max(len(points), 1)
+        return edges - round((1.0 - self.edge_budget) * edges * passed)
+
+
+def normalised_gates(gates: Sequence[float], nodes: Sequence[int], live: Sequence[bool]) -> list[float]:
+    """s_e = gate_e / mean of the live gates that enter the same node; 0 for edges that are gone."""
+    result = []
+    for gate, node, is_live in zip(gates, nodes, live, strict=True):
+        peers = [g for g, n, alive in zip(gates, nodes, live, strict=True) if n == node and alive]
+        result.append(gate * len(peers) / sum(peers) if is_live and sum(peers) > 0 else float(is_live))
+    return result
+
+
+@dataclass
+class GateTable:
+    """The live edges of a supernet with their gates, as one table over all cell types."""
+
+    names: list[str]
+    nodes: list[tuple[str, int]]
+    gates: list[float]
+    live: list[bool]
+    scores: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        index = {node: i for i, node in enumerate(dict.fromkeys(self.nodes))}
+        self.scores = normalised_gates(self.gates, [index[node] for node in self.nodes], self.live)
+
+    @classmethod
+    def of(cls, supernet: Supernet) -> GateTable:
+        gates = torch.cat([supernet.gates(type).cpu() for type in CELL_TYPES]).tolist()
+        live = torch.cat([supernet.active(type) for type in CELL_TYPES]).tolist()
+        nodes = [(type, node) for type in CELL_TYPES for _, node in supernet.space.edges]
+        return cls(list(supernet.edges()), nodes, gates, live)
+
+    def removable(self, min_edges: int) -> list[int]:
+        """Positions of the edges whose node keeps at least ``min_edges`` without them, lowest score first."""
+        fan_in = {node: sum(n == node and alive for n, alive in zip(self.nodes, self.live, strict=True)) for node in self.nodes}
+        candidates = [i for i, alive in enumerate(self.live) if alive and fan_in[self.nodes[i]] > min_edges]
+        return sorted(candidates, key=lambda i: self.scores[i])
+
+    def without(self, position: int) -> GateTable:
+        """The table after that edge has left; the scores of its node change."""
+        live = [alive and i != position for i, alive in enumerate(self.live)]
+        return GateTable(self.names, self.nodes, self.gates, live)
+
+
+Measure = Callable[[list[str]], list[float]]  # edges -> loss increase when each of them alone is masked
+
+
+class Pruner:
+    """Removes edges from a supernet as the rules say and remembers what left when.
+
+    Every node keeps at least ``min_edges`` >= 1 incoming edges, and sources come before nodes, so a path from the cell's
+    inputs to its output always remains.
+    """
+
+    def __init__(self, supernet: Supernet, rules: PruningRules, measure: Measure) -> None:
+        if rules.strategy not in STRATEGIES:
+            raise ValueError(f"prune_strategy: expected one of {', '.join(STRATEGIES)}, got {rules.strategy!r}")
+        if rules.min_edges < 1:
+            raise ValueError(f"min_edges: expected at least 1, or a node would lose its last path, got {rules.min_edges}")
+        self.supernet, self.rules, self.measure = supernet, rules, measure
+        self.history: list[dict[str, Any]] = []
+
+    def end_epoch(self, epoch: int, step: int) -> list[str]:
+        """Prune if this epoch is a pruning point; the edges that left."""
+        if epoch not in self.rules.points():
+            return []
+        leaving = self._leaving(epoch)
+        for edge in leaving:
+            self.supernet.remove_edge(edge)
+            self.history.append({"epoch": epoch, "step": step, "edge": edge})
+        return leaving
+
+    def _leaving(self, epoch: int) -> list[str]:
+        table = GateTable.of(self.supernet)
+        rules = self.rules
+        if rules.strategy == "absolute":
+            return self._take(table, lambda table, i: table.gates[i] < rules.threshold)
+        if rules.strategy == "relative":
+            return self._take(table, lambda table, i: table.scores[i] < rules.threshold)
+        count = sum(table.live) - rules.target(epoch, len(table.names))
+        if rules.strategy == "measured" and count > 0:
+            proposed = [table.names[i] for i in table.removable(rules.min_edges)][: 2 * count]
+            effects = dict(zip(proposed, self.measure(proposed), strict=True))
+            table.scores = [effects.get(name, math.inf) for name in table.names]
+        return self._take(table, lambda table, i: True, count)
+
+    def _take(
+        self, table: GateTable, may_leave: Callable[[GateTable, int], bool], count: int | None = None
+    ) -> list[str]:
+        """Up to ``count`` edges, lowest score first, as long as their node can spare them."""
+        leaving: list[str] = []
+        while count is None or len(leaving) < count:
+            position = next((i for i in table.removable(self.rules.min_edges) if may_leave(table, i)), None)
+            if position is None or math.isinf(table.scores[position]):
+                break
+            leaving.append(table.names[position])
+            scores, table = table.scores, table.without(position)
+            if self.rules.strategy == "measured":
+                table.scores = scores
+        return leaving
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Removes from a fresh supernet the edges that had left; call before its weights are loaded."""
+        self.history = list(state["history"])
+        for event in self.history:
+            self.supernet.remove_edge(event["edge"])
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm uses the batch's own statistics and leaves the running ones alone."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@torch.no_grad()
+def measured_effects(supernet: Supernet, edges: Sequence[str], images: Tensor, labels: Tensor) -> list[float]:
+    """Loss increase on the given images when each edge alone is masked, everything else as it is (batch statistics)."""
+    with batch_statistics(supernet):
+        full = F.cross_entropy(supernet(images), labels)
+        losses = []
+        for edge in edges:
+            for mixed_edge in supernet.mixed_edges(edge):
+                mixed_edge.prune()
+            losses.append(F.cross_entropy(supernet(images), labels))
+            for mixed_edge in supernet.mixed_edges(edge):
+                mixed_edge.restore()
+    return [] if not losses else (torch.stack(losses) - full).tolist()

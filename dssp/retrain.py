@@ -1,0 +1,112 @@
+"""`python -m dssp.retrain`: train the network of a genotype from scratch and test it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dssp.callbacks import Checkpointing, MetricsLog, ProgressBar, TensorBoard
+from dssp.command import choose_device, run_command
+from dssp.config import RetrainConfig, parse_retrain
+from dssp.cost import count_flops, count_parameters
+from dssp.data import DataSet, load_data
+from dssp.engine import Callback, Engine
+from dssp.files import write_json
+from dssp.genotype import Genotype, load_genotype
+from dssp.network import DerivedNetwork
+from dssp.optimization import evaluate
+from dssp.retraining import Retraining
+from dssp.run_folder import open_run_folder
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retraining says about a genotype; ``test_accuracy`` in 0..1, measured once, after the last epoch."""
+
+    test_accuracy: float | None
+    seconds: float | None
+    parameters: int
+    flops: int
+
+
+def retrain(
+    genotype: Genotype, data: DataSet, config: RetrainConfig, *, folder: Path, device: torch.device, console: Console
+) -> Retrained:
+    """Train the derived network on all training images and test it once. epochs=0: only its size and cost."""
+    torch.manual_seed(config.seed)
+    network = DerivedNetwork(
+        genotype,
+        channels=config.channels,
+        cells=config.cells,
+        classes=len(data.classes),
+        image_channels=data.image_shape[0],
+    ).to(device, memory_format=torch.channels_last)
+    cost = {"parameters": count_parameters(network), "flops": count_flops(network, data.image_shape)}
+    if config.epochs == 0:
+        return Retrained(test_accuracy=None, seconds=None, **cost)
+    task = Retraining(
+        network,
+        data.train_valid,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        seed=config.seed,
+    )
+    callbacks: list[Callback] = [
+        Checkpointing(folder / "checkpoints", resume=config.resume),
+        MetricsLog(folder / "retrain.jsonl"),
+        TensorBoard(folder / "tensorboard"),
+        ProgressBar(console),
+    ]
+    engine = Engine(task, callbacks, device)
+    engine.fit()
+    test = data.test.batches(config.batch_size, epoch=0, seed=config.seed, train=False)
+    _, accuracy = evaluate(network, test)
+    return Retrained(test_accuracy=accuracy, seconds=engine.seconds, **cost)
+
+
+def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
+    """The whole command: a run folder with retrain.jsonl, checkpoints and summary.json; returns the summary."""
+    genotype = load_genotype(config.genotype)
+    device = choose_device(config.device, config.threads)
+    data = load_data(
+        config.dataset,
+        data_path=config.data_path,
+        image_size=config.image_size,
+        seed=config.seed,
+        device=device,
+        workers=config.workers,
+    )
+    folder = open_run_folder(config, "retrain", {})
+    result = retrain(genotype, data, config, folder=folder, device=device, console=console)
+    summary = {
+        "genotype": genotype.to_dict(),
+        "test_accuracy": result.test_accuracy,
+        "retrain_seconds": result.seconds,
+        "parameters": result.parameters,
+        "flops": result.flops,
+    }
+    write_json(folder / "summary.json", summary)
+    console.print(
+        f"Test accuracy {result.test_accuracy:.2%}, {result.parameters:,} parameters, "
+        f"{result.flops / 1e6:.1f} MFLOPs per image, {result.seconds:.0f} s\nRun folder {folder}",
+        highlight=False,
+    )
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    run_command(run, parse_retrain(argv).resolve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""`python -m dssp.search`: search for a cell, prune while searching, derive, retrain, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dssp.bilevel import BilevelSearch
+from dssp.callbacks import Checkpointing, MetricsLog, ProgressBar, TensorBoard
+from dssp.command import choose_device, run_command
+from dssp.config import RetrainConfig, SearchConfig, parse_search
+from dssp.data import DataSet, load_data
+from dssp.derivation import derive
+from dssp.engine import Callback, Engine
+from dssp.files import write_json
+from dssp.genotype import save_genotype
+from dssp.report import write_report
+from dssp.retrain import retrain
+from dssp.run_folder import open_run_folder
+from dssp.spaces import CellSpace, get_space
+from dssp.summary import print_summary, step_seconds
+from dssp.supernet import CELL_TYPES, Supernet
+
+
+def search_space(config: SearchConfig) -> CellSpace:
+    """The configured space. Masks say what `none` says, so a method that has them does not offer it as a candidate."""
+    space = replace(get_space(config.space), nodes=config.nodes)
+    if config.method == "dssp":
+        space = replace(space, operations=tuple(name for name in space.operations if name != "none"))
+    return space
+
+
+def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) -> Supernet:
+    """A freshly initialised supernet (from the seed) on the device."""
+    torch.manual_seed(config.seed)
+    supernet = Supernet(
+        search_space(config),
+        channels=config.channels,
+        cells=config.cells,
+        classes=len(data.classes),
+        image_channels=data.image_shape[0],
+        gated=config.method == "dssp",
+    )
+    return supernet.to(device, memory_format=torch.channels_last)
+
+
+def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
+    """The retraining that a search ends with."""
+    shared = ("dataset", "data_path", "image_size", "seed", "device", "run_dir", "resume", "threads", "workers")
+    sizes = ("epochs", "batch_size", "channels", "cells")
+    return RetrainConfig(
+        genotype=genotype,
+        **{name: getattr(config, name) for name in shared},
+        **{name: getattr(config, f"retrain_{name}") for name in sizes},
+    )
+
+
+def run(config: SearchConfig, console: Console) -> dict[str, Any]:
+    """The whole command: fills a run folder and returns the summary that ends up in it."""
+    device = choose_device(config.device, config.threads)
+    data = load_data(
+        config.dataset,
+        data_path=config.data_path,
+        image_size=config.image_size,
+        seed=config.seed,
+        device=device,
+        workers=config.workers,
+    )
+    supernet = build_supernet(config, data, device)
+    edges = {type: [f"{source}->{node}" for source, node in supernet.space.edges] for type in CELL_TYPES}
+    folder = open_run_folder(config, config.method, {"edges": edges})
+    search = BilevelSearch(config, supernet, data)
+    metrics = MetricsLog(folder / "metrics.jsonl")
+    callbacks: list[Callback] = [
+        Checkpointing(folder / "checkpoints", resume=config.resume),
+        metrics,
+        TensorBoard(folder / "tensorboard", edges),
+        ProgressBar(console, active_edges=len(supernet.live_edges())),
+    ]
+    engine = Engine(search, callbacks, device)
+    engine.fit()
+
+    genotype = derive(supernet, max_edges_per_node=config.max_edges_per_node)
+    save_genotype(
+        folder / "genotype.json", genotype, space=config.space, method=config.method, seed=config.seed
+    )
+    result = retrain(
+        genotype,
+        data,
+        retrain_config(config, str(folder / "genotype.json")),
+        folder=folder,
+        device=device,
+        console=console,
+    )
+    summary = {
+        "genotype": genotype.to_dict(),
+        "search_seconds": engine.seconds,
+        "retrain_seconds": result.seconds,
+        "test_accuracy": result.test_accuracy,
+        "parameters": result.parameters,
+        "flops": result.flops,
+        "pruned": search.pruner.history,
+        "step_seconds": step_seconds(metrics.rows),
+        "tabulated": None,
+    }
+    write_json(folder / "summary.json", summary)
+    print_summary(console, summary, genotype, folder, write_report(folder))
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    run_command(run, parse_search(argv).resolve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The candidate operations of DARTS, module for module and key for key as in its operations.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ReLUConvBN(nn.Module):
+    """BatchNorm(conv(relu(x))): [B, c_in, H, W] -> [B, c_out, H', W']."""
+
+    def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int, padding: int, affine: bool = True) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(c_in, c_out, kernel_size, stride=stride, padding=padding, bias=False),
+            nn.BatchNorm2d(c_out, affine=affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class DilConv(nn.Module):
+    """ReLU, dilated depthwise convolution, pointwise convolution, BatchNorm."""
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel_size: int, stride: int, padding: int, dilation: int, affine: bool = True
+    ) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(c_in, c_in, kernel_size, stride, padding, dilation, groups=c_in, bias=False),
+            nn.Conv2d(c_in, c_out, 1, bias=False),
+            nn.BatchNorm2d(c_out, affine=affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class SepConv(nn.Module):
+    """ReLU, depthwise, pointwise, BatchNorm, twice; only the first depthwise convolution strides."""
+
+    def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int, padding: int, affine: bool = True) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(c_in, c_in, kernel_size, stride, padding, groups=c_in, bias=False),
+            nn.Conv2d(c_in, c_in, 1, bias=False),
+            nn.BatchNorm2d(c_in, affine=affine),
+            nn.ReLU(),
+            nn.Conv2d(c_in, c_in, kernel_size, 1, padding, groups=c_in, bias=False),
+            nn.Conv2d(c_in, c_out, 1, bias=False),
+            nn.BatchNorm2d(c_out, affine=affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Identity(nn.Module):
+    """The skip connection of stride 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Zero(nn.Module):
+    """The candidate `none`. Returns None, which every mix takes for a tensor of zeros that need not exist."""
+
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
+class FactorizedReduce(nn.Module):
+    """Halves H and W: two pointwise convolutions of stride 2, the second one pixel off, side by side, then BatchNorm.
+
+    H and W that are odd round up: the shifted half is padded with one row or column of zeros (DARTS fails there).
+    """
+
+    def __init__(self, c_in: int, c_out: int, affine: bool = True) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.conv_1 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
+        self.conv_2 = nn.Conv2d(c_in, c_out - c_out // 2, 1, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(x)
+        odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
+        shifted = x[:, :, 1:, 1:]
+        if odd_height or odd_width:
+            shifted = F.pad(shifted, (0, odd_width, 0, odd_height))
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+
+
+def _skip_connect(channels: int, stride: int, affine: bool) -> nn.Module:
+    return Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
+
+
+OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "none": lambda channels, stride, affine: Zero(),
+    "max_pool_3x3": lambda channels, stride, affine: nn.MaxPool2d(3, stride, padding=1),
+    "avg_pool_3x3": lambda channels, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
+    "skip_connect": _skip_connect,
+    "sep_conv_3x3": lambda channels, stride, affine: SepConv(channels, channels, 3, stride, 1, affine),
+    "sep_conv_5x5": lambda channels, stride, affine: SepConv(channels, channels, 5, stride, 2, affine),
+    "dil_conv_3x3": lambda channels, stride, affine: DilConv(channels, channels, 3, stride, 2, 2, affine),
+    "dil_conv_5x5": lambda channels, stride, affine: DilConv(channels, channels, 5, stride, 4, 2, affine),
+}
+"""(channels, stride, affine) -> the operation as a derived network holds it. Order: DARTS' PRIMITIVES."""
+
+
+def build_operation(name: str, channels: int, stride: int, affine: bool = True) -> nn.Module:
+    """The operation as a derived network holds it: affine BatchNorm, pools without BatchNorm.
+
+    Raises ValueError if `name` is none of OPERATIONS.
+    """
+    if name not in OPERATIONS:
+        raise ValueError(f"operation: got {name!r}, expected one of {', '.join(OPERATIONS)}")
+    return OPERATIONS[name](channels, stride, affine)
+
+
+def build_candidate(name: str, channels: int, stride: int) -> nn.Module:
+    """The operation as a supernet holds it: BatchNorm without parameters, and one after each pool (DARTS' MixedOp).
+
+    Raises ValueError if `name` is none of OPERATIONS.
+    """
+    operation = build_operation(name, channels, stride, affine=False)
+    if "pool" in name:
+        return nn.Sequential(operation, nn.BatchNorm2d(channels, affine=False))
+    return operation

@@ -1,0 +1,53 @@
+"""What a search prints when it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dssp.genotype import Genotype
+
+
+def step_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds per bilevel step in the first epoch after warm-up, nothing pruned yet, and in the last."""
+    bilevel = [row for row in rows if row["phase"] == "search"] or rows
+    return {"first": bilevel[0]["step_seconds"], "last": bilevel[-1]["step_seconds"]}
+
+
+def print_summary(
+    console: Console, summary: dict[str, Any], genotype: Genotype, folder: Path, report: Path
+) -> None:
+    """The genotype, what was pruned and when, time per step, the derived network, and where everything is."""
+    for cell_type, cell in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+        table = Table(title=f"{cell_type} cell", title_justify="left", box=None)
+        for node, cell_edges in enumerate(cell, start=2):
+            table.add_row(f"node {node} =", " + ".join(f"{operation}({source})" for operation, source in cell_edges))
+        console.print(table)
+    console.print(_pruning(summary["pruned"]), highlight=False)
+    seconds = summary["step_seconds"]
+    console.print(
+        f"Time per search step: {1e3 * seconds['first']:.0f} ms before pruning, {1e3 * seconds['last']:.0f} ms at the end "
+        f"({seconds['first'] / seconds['last']:.2f}x); search {summary['search_seconds']:.0f} s",
+        highlight=False,
+    )
+    size = f"{summary['parameters']:,} parameters, {summary['flops'] / 1e6:.1f} MFLOPs per image"
+    if summary["test_accuracy"] is None:
+        console.print(f"Derived network: {size}; not retrained", highlight=False)
+    else:
+        console.print(
+            f"Derived network, retrained: test accuracy {summary['test_accuracy']:.2%}, {size}", highlight=False
+        )
+    console.print(f"Run folder: {folder}\nReport:     {report}", highlight=False, soft_wrap=True)
+
+
+def _pruning(events: list[dict[str, Any]]) -> str:
+    if not events:
+        return "Pruned: nothing"
+    by_epoch: dict[int, list[str]] = {}
+    for event in events:
+        by_epoch.setdefault(event["epoch"], []).append(event["edge"])
+    lines = [f"  after epoch {epoch + 1}: {', '.join(edges)}" for epoch, edges in by_epoch.items()]
+    return "\n".join([f"Pruned: {len(events)} edges", *lines])
