@@ -396,7 +396,10 @@ def _decode_image(path: Path, size: int) -> Tensor:
 
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would cut off at 255
+                rgb = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+            else:
+                rgb = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataUnavailable(f"{path}: not a readable image ({error}); replace or remove it") from error
     if rgb.size != (size, size):

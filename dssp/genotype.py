@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dssp.files import write_json
 
 Edge = tuple[str, int]
 Cell = tuple[tuple[Edge, ...], ...]
@@ -131,10 +132,7 @@ def save_genotype(path: str | Path, genotype: Genotype, *, space: str, method: s
         "seed": seed,
         "text": genotype.to_text() if fits_text else None,
     }
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_json(Path(path), content)
 
 
 def load_genotype(path: str | Path) -> Genotype:
@@ -180,11 +178,11 @@ def _concat(field: str, node: ast.expr, nodes: int) -> tuple[int, ...]:
     """The states in `range(a, b)` or a list of them."""
     if not isinstance(node, ast.Call):
         return tuple(_sequence(field, _literal(field, node)))
-    match [ast.unparse(node.func), *(_literal(field, bound) for bound in node.args), len(node.keywords)]:
-        case ["range", int(first), int(end), 0]:
+    match node:
+        case ast.Call(ast.Name("range"), [ast.Constant(int(first)), ast.Constant(int(end))], []):
             pass
         case _:
-            raise ValueError(f"{field}: expected a list or range(first, end), got {ast.unparse(node)}")
+            raise ValueError(f"{field}: expected a list or range(first, end) with whole numbers")
     if end - first > nodes:
         raise ValueError(f"{field}: expected at most {nodes} states, got range({first}, {end})")
     return tuple(range(first, end))

@@ -95,7 +95,10 @@ class GateTable:
 
     def removable(self, min_edges: int) -> list[int]:
         """Positions of the edges whose node keeps at least ``min_edges`` without them, lowest score first."""
-        fan_in = {node: sum(n == node and alive for n, alive in zip(self.nodes, self.live, strict=True)) for node in self.nodes}
+        fan_in = {
+            node: sum(n == node and alive for n, alive in zip(self.nodes, self.live, strict=True))
+            for node in self.nodes
+        }
         candidates = [i for i, alive in enumerate(self.live) if alive and fan_in[self.nodes[i]] > min_edges]
         return sorted(candidates, key=lambda i: self.scores[i])
 
@@ -119,7 +122,9 @@ class Pruner:
         if rules.strategy not in STRATEGIES:
             raise ValueError(f"prune_strategy: expected one of {', '.join(STRATEGIES)}, got {rules.strategy!r}")
         if rules.min_edges < 1:
-            raise ValueError(f"min_edges: expected at least 1, or a node would lose its last path, got {rules.min_edges}")
+            raise ValueError(
+                f"min_edges: expected at least 1, or a node would lose its last path, got {rules.min_edges}"
+            )
         self.supernet, self.rules, self.measure = supernet, rules, measure
         self.history: list[dict[str, Any]] = []
 

@@ -85,9 +85,7 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     engine.fit()
 
     genotype = derive(supernet, max_edges_per_node=config.max_edges_per_node)
-    save_genotype(
-        folder / "genotype.json", genotype, space=config.space, method=config.method, seed=config.seed
-    )
+    save_genotype(folder / "genotype.json", genotype, space=config.space, method=config.method, seed=config.seed)
     result = retrain(
         genotype,
         data,

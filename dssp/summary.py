@@ -17,9 +17,7 @@ def step_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"first": bilevel[0]["step_seconds"], "last": bilevel[-1]["step_seconds"]}
 
 
-def print_summary(
-    console: Console, summary: dict[str, Any], genotype: Genotype, folder: Path, report: Path
-) -> None:
+def print_summary(console: Console, summary: dict[str, Any], genotype: Genotype, folder: Path, report: Path) -> None:
     """The genotype, what was pruned and when, time per step, the derived network, and where everything is."""
     for cell_type, cell in (("normal", genotype.normal), ("reduce", genotype.reduce)):
         table = Table(title=f"{cell_type} cell", title_justify="left", box=None)

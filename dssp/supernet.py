@@ -96,7 +96,9 @@ class Supernet(nn.Module):
             c_before, c_previous, reduced_before = c_previous, space.nodes * channels, reduction
         self.classifier = nn.Linear(c_previous, classes)
         edges, candidates = len(space.edges), len(space.operations)
-        self.alpha = nn.ParameterDict({type: nn.Parameter(1e-3 * torch.randn(edges, candidates)) for type in CELL_TYPES})
+        self.alpha = nn.ParameterDict(
+            {type: nn.Parameter(1e-3 * torch.randn(edges, candidates)) for type in CELL_TYPES}
+        )
         self.mask = nn.ParameterDict({type: nn.Parameter(torch.ones(edges)) for type in CELL_TYPES if gated})
         for type in CELL_TYPES:  # on the device, so that the penalty needs no synchronisation
             self.register_buffer(f"active_{type}", torch.ones(edges, dtype=torch.bool), persistent=False)

@@ -12,6 +12,8 @@ def ticks(low: float, high: float, count: int = 6, *, whole: bool = False) -> li
 
     `whole` keeps to integers. An empty range is widened around its value.
     """
+    if whole:
+        low, high = math.floor(low), math.ceil(high)
     if not high - low > 1e-9 * max(abs(low), abs(high), 1e-200):
         margin = max(abs(low), abs(high)) / 10 or 0.5
         low, high = low - margin, high + margin
@@ -26,12 +28,11 @@ def ticks(low: float, high: float, count: int = 6, *, whole: bool = False) -> li
     return [i * digit * scale if exponent >= 0 else i * digit / scale for i in range(first, last + 1)]
 
 
-def tick_label(value: float) -> str:
-    """The shortest exact decimal of a tick: 0.25, 1,000, 2e-07."""
-    if value == 0 or 1e-4 <= abs(value) < 1e7:
-        decimals = next((d for d in range(8) if math.isclose(round(value, d), value, rel_tol=1e-9)), 8)
-        return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
-    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Ticks as text, all with the same decimals: 0.0, 0.5, 1.0; powers of ten where plain decimals would be long."""
+    plain = all(value == 0 or 1e-4 <= abs(value) < 1e7 for value in values)
+    decimals = next((d for d in range(8) if all(math.isclose(round(v, d), v, rel_tol=1e-9) for v in values)), 8)
+    return [(f"{v:,.{decimals}f}" if plain else f"{v:g}").replace("-", "\N{MINUS SIGN}") for v in values]
 
 
 def spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:

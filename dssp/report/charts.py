@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from dssp.report.axis import spread, tick_label, ticks
+from dssp.report.axis import spread, tick_labels, ticks
 from dssp.report.svg import drawing, element, markup, state_name, state_text
 
 Points = Sequence[tuple[float, float | None]]  # (x, y); None is a gap
@@ -16,7 +16,7 @@ Points = Sequence[tuple[float, float | None]]  # (x, y); None is a gap
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its name (a state's number is set as DARTS draws it), CSS class, points, and, if it ended early, why."""
+    """One line: its name (of a state: the state's number), CSS class, points, and, if it ended early, why."""
 
     name: str | int
     colour: str
@@ -73,17 +73,16 @@ def _draw_axes(svg: ET.Element, frame: Frame) -> None:
         element(svg, "rect", class_="warm-up", x=left, y=12, width=end - left, height=frame.bottom - 12)
         if end - left > 44:
             element(svg, "text", "warm-up", class_="note", x=left + 5, y=frame.bottom - 6)
-    for value in frame.y_ticks:
+    for value, label in zip(frame.y_ticks, tick_labels(frame.y_ticks), strict=True):
         y = frame.y(value)
         element(svg, "line", class_="grid" if value != frame.y_ticks[0] else "axis", x1=left, x2=right, y1=y, y2=y)
-        element(svg, "text", tick_label(value), class_="tick", x=left - 6, y=y + 3.5, text_anchor="end")
+        element(svg, "text", label, class_="tick", x=left - 6, y=y + 3.5, text_anchor="end")
     element(svg, "text", "epoch", class_="note", x=frame.width, y=frame.bottom + 16, text_anchor="end")
     low, high = frame.x_range
-    for value in ticks(low, high, max(2, int((right - left) / 55)), whole=True):
-        if low <= value <= high:
-            x = frame.x(value)
-            element(svg, "line", class_="axis", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4)
-            element(svg, "text", tick_label(value), class_="tick", x=x, y=frame.bottom + 16, text_anchor="middle")
+    epochs = [e for e in ticks(low, high, max(2, int((right - left) / 55)), whole=True) if low <= e <= high]
+    for x, label in zip(map(frame.x, epochs), tick_labels(epochs), strict=True):
+        element(svg, "line", class_="axis", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4)
+        element(svg, "text", label, class_="tick", x=x, y=frame.bottom + 16, text_anchor="middle")
     if frame.level is not None:
         name, value = frame.level
         y = frame.y(value)

@@ -250,7 +250,7 @@ def _figure(
     from_zero: bool = False,
     whole: bool = False,
 ) -> list[Figure]:
-    """A chart of these numbers (key -> name) of the epochs, a line's name showing its last value; none without numbers."""
+    """A chart of these numbers (key -> name) of the epochs, names showing the last value; none without numbers."""
     lines = []
     for colour, (key, name) in enumerate(keys.items(), 2 - len(keys)):
         points = [(e.epoch, None if (value := e.numbers[key]) is None else value * scale) for e in epochs]
