@@ -1,4 +1,4 @@
-"""Builds the C++ CPU kernels against the headers of the torch that is installed; everything else stands in pyproject.toml."""
+"""Builds the C++ CPU kernels against the headers of the installed torch; the rest stands in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ TORCH_2_10 = "0x020A000000000000"  # the oldest LibTorch stable ABI we run on: o
 
 
 def installed_torch() -> Path | None:
-    """Folder of the torch that is installed, also when pip builds in an isolated environment that hides site-packages."""
+    """Folder of the torch that is installed, also when pip builds in isolation and hides site-packages."""
     site_packages = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     spec = PathFinder.find_spec("torch") or PathFinder.find_spec("torch", site_packages)
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def cpu_kernels(torch: Path) -> Extension:
-    compile_args = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-g0"]
+    compile_args = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+    compile_args += ["-Wall", "-Wno-psabi"]  # vectors are only passed to functions that are inlined
     if platform.machine() == "x86_64" and platform.system() == "Linux":
-        compile_args.append("-DDSSP_INSTRUCTION_SET_CLONES")  # baseline, AVX2 and AVX-512 in one file, chosen at run time
+        # Baseline, AVX2 and AVX-512 in one file, chosen at run time.
+        compile_args.append("-DDSSP_INSTRUCTION_SET_CLONES")
     return Extension(
         "dssp_kernels._cpu",
         sources=sorted(str(path) for path in Path("dssp_kernels").glob("*/cpu.cpp")),

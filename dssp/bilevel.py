@@ -35,9 +35,9 @@ def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 class BilevelSearch:
-    """DARTS' bilevel optimisation (Liu et al. 2019, algorithm 1, first order) of weights, alpha and masks, with pruning.
+    """DARTS' bilevel optimisation (Liu et al. 2019, algorithm 1, first order) of weights, alpha and masks; prunes.
 
-    Every step updates alpha and masks on a batch of the validation half, then the weights on a batch of the training half.
+    Every step updates alpha and masks on a batch of the validation half, then weights on a batch of the training half.
     The first ``warmup_epochs`` train weights only. A task of engine.Engine.
     """
 
@@ -45,7 +45,7 @@ class BilevelSearch:
 
     def __init__(self, config: SearchConfig, supernet: Supernet, data: DataSet) -> None:
         self.config, self.supernet, self.data = config, supernet, data
-        self.epochs: int = config.epochs
+        self.epochs = config.epochs
         self.architect = Architect(
             supernet,
             alpha_lr=config.alpha_lr,
@@ -73,7 +73,7 @@ class BilevelSearch:
         """True while only weights are trained."""
         return epoch < self.config.warmup_epochs
 
-    # ---- the engine's side ---------------------------------------------------------------------------------------------
+    # ---- the engine's side -----------------------------------------------------------------------------------------
 
     def steps(self) -> int:
         """Steps per epoch: both halves are passed through once."""
@@ -88,7 +88,8 @@ class BilevelSearch:
         train = self.data.train.batches(config.batch_size, epoch=epoch, seed=config.seed, train=True)
         if self.is_warming_up(epoch):
             return ((batch, None) for batch in train)
-        return zip(train, self.data.valid.batches(config.batch_size, epoch=epoch, seed=config.seed, train=True))
+        valid = self.data.valid.batches(config.batch_size, epoch=epoch, seed=config.seed, train=True)
+        return zip(train, valid, strict=False)  # the halves may differ by one batch
 
     def step(self, batch: tuple[Batch, Batch | None], epoch: int) -> dict[str, Tensor]:
         """One bilevel step. Each half freezes the other's parameters, so nothing is computed that nobody uses."""
@@ -130,7 +131,7 @@ class BilevelSearch:
         self.optimizer.load_state_dict(state["weight_optimizer"])
         self.architect.optimizer.load_state_dict(state["architecture_optimizer"])
 
-    # ---- its parts -----------------------------------------------------------------------------------------------------
+    # ---- its parts -------------------------------------------------------------------------------------------------
 
     def _forget_removed_weights(self) -> None:
         """Removed candidates leave the optimizer: no step, no momentum, no memory."""

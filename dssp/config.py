@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-# What a None stands for, by data set: field -> (digits, all others).
+# What a None stands for, by data set: field -> (digits, all others). Fields are typed as what resolve() makes of them.
 PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
     "SearchConfig": {
         "epochs": (10, 50),
@@ -21,18 +21,20 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "alpha_lr": (3e-3, 3e-4),
         "mask_lr": (2e-2, 3e-3),
         "warmup_epochs": (2, 15),
-        "prune_strategy": ("relative", "relative"),
+        "prune_strategy": ("measured", "measured"),
         "edge_budget": (0.5, 0.5),
         "retrain_epochs": (20, 0),
         "retrain_batch_size": (64, 96),
         "retrain_channels": (8, 36),
         "retrain_cells": (3, 20),
+        "threads": (1, None),
     },
     "RetrainConfig": {
         "epochs": (20, 600),
         "batch_size": (64, 96),
         "channels": (8, 36),
         "cells": (3, 20),
+        "threads": (1, None),
     },
 }
 
@@ -79,20 +81,24 @@ class _Config:
     image_size: int | None = option(
         None, "side in pixels of the square that images become (imagefolder, fake; default 32)", "data", low=1
     )
-    batch_size: int | None = option(None, "images per step", "data", low=1)
-    channels: int | None = option(None, "channels of the first cells", "model", low=1)
-    cells: int | None = option(None, "cells in the network", "model", low=1)
+    batch_size: int = option(None, "images per step", "data", low=1)
+    channels: int = option(None, "channels of the first cells", "model", low=1)
+    cells: int = option(None, "cells in the network", "model", low=1)
     seed: int = option(0, "fixes split, initial weights, order and augmentation", "run", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", "run")
     run_dir: str | None = option(None, "run folder; default runs/<time>-<method>", "run")
     resume: bool = option(False, "continue the run in --run-dir where it stopped", "run")
-    threads: int | None = option(None, "CPU threads; default: torch's choice", "run", low=1)
+    threads: int | None = option(
+        None, "CPU threads; default: torch's choice, for the tiny maps of digits 1", "run", low=1
+    )
     workers: int = option(2, "threads that decode the images of an image folder", "run", low=1)
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
+        presets = PRESETS[type(self).__name__]
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, types[field.name], getattr(self, field.name)))
+            value = _checked(field, types[field.name], getattr(self, field.name), field.name in presets)
+            object.__setattr__(self, field.name, value)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.image_size is not None and self.dataset not in RESIZED:
@@ -136,37 +142,37 @@ class SearchConfig(_Config):
         "dssp learns a mask per edge and prunes; darts keeps every edge, with 'none' among the candidates",
         "search",
     )
-    epochs: int | None = option(None, "passes over the training half, warm-up included", "search", low=1)
+    epochs: int = option(None, "passes over the training half, warm-up included", "search", low=1)
     weight_lr: float = option(0.025, "learning rate of the weights (SGD, cosine)", "search", low=0)
     weight_lr_min: float = option(0.001, "where the cosine ends", "search", low=0)
     momentum: float = option(0.9, "momentum of the weights", "search", low=0, high=1)
     weight_decay: float = option(3e-4, "weight decay of the weights", "search", low=0)
     grad_clip: float = option(5.0, "largest gradient norm of the weights", "search", low=0)
-    alpha_lr: float | None = option(None, "learning rate of the architecture parameters (Adam)", "search", low=0)
+    alpha_lr: float = option(None, "learning rate of the architecture parameters (Adam)", "search", low=0)
     alpha_weight_decay: float = option(1e-3, "weight decay of the architecture parameters", "search", low=0)
-    warmup_epochs: int | None = option(
+    warmup_epochs: int = option(
         None, "first epochs that train weights only; the preset scales with --epochs", "search", low=0
     )
-    mask_lr: float | None = option(None, "learning rate of the masks (Adam)", "pruning", low=0)
+    mask_lr: float = option(None, "learning rate of the masks (Adam)", "pruning", low=0)
     lambda_prune: float = option(0.01, "weight of the penalty: lambda * sum of sigmoid(mask)", "pruning", low=0)
-    prune_strategy: Literal["relative", "absolute", "budget", "measured", "none"] | None = option(
+    prune_strategy: Literal["measured", "budget", "relative", "absolute", "none"] = option(
         None,
-        "relative: gate below the threshold times its node's mean; absolute: gate below the threshold (the paper); "
-        "budget: lowest gates first, on a schedule down to --edge-budget; measured: gates propose, the loss on "
-        "held-out images decides; none: nothing is pruned",
+        "measured: gates propose, the loss on held-out images decides, on a schedule down to --edge-budget; "
+        "budget: lowest normalised gates first, on the same schedule; relative: gates below the threshold times their "
+        "node's mean; absolute: gates below the threshold (the paper); none: nothing is pruned",
         "pruning",
     )
     prune_threshold: float = option(0.5, "threshold of relative and absolute pruning", "pruning", low=0)
     prune_every: int = option(1, "epochs between two pruning points", "pruning", low=1)
-    edge_budget: float | None = option(
-        None, "share of the edges still active at the end (budget strategy)", "pruning", low=0, high=1
+    edge_budget: float = option(
+        None, "share of the edges still active at the end (strategies measured and budget)", "pruning", low=0, high=1
     )
     min_edges: int = option(1, "incoming edges that every node keeps", "pruning", low=1)
     max_edges_per_node: int = option(2, "incoming edges per node of the derived cell", "pruning", low=1)
-    retrain_epochs: int | None = option(None, "passes over all training images; 0 = no retraining", "retraining", low=0)
-    retrain_batch_size: int | None = option(None, "images per step", "retraining", low=1)
-    retrain_channels: int | None = option(None, "channels of the first cells", "retraining", low=1)
-    retrain_cells: int | None = option(None, "cells in the derived network", "retraining", low=1)
+    retrain_epochs: int = option(None, "passes over all training images; 0 = no retraining", "retraining", low=0)
+    retrain_batch_size: int = option(None, "images per step", "retraining", low=1)
+    retrain_channels: int = option(None, "channels of the first cells", "retraining", low=1)
+    retrain_cells: int = option(None, "cells in the derived network", "retraining", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,7 +196,7 @@ class RetrainConfig(_Config):
     """Everything that decides a retraining."""
 
     genotype: str = option(dataclasses.MISSING, "genotype.json of a search, or a file with DARTS' text", "model")
-    epochs: int | None = option(None, "passes over all training images", "training", low=1)
+    epochs: int = option(None, "passes over all training images", "training", low=1)
     lr: float = option(0.025, "learning rate (SGD, cosine down to 0)", "training", low=0)
     momentum: float = option(0.9, "momentum", "training", low=0, high=1)
     weight_decay: float = option(3e-4, "weight decay", "training", low=0)
@@ -218,10 +224,10 @@ def _kind(hint: Any) -> tuple[type, tuple[str, ...] | None, bool]:
     return kind, None, NoneType in options
 
 
-def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+def _checked(field: dataclasses.Field[Any], hint: Any, value: Any, has_preset: bool) -> Any:
     """`value` if it is of the field's type and within its bounds; a whole number becomes float where that is wanted."""
     kind, choices, optional = _kind(hint)
-    if value is None and optional:
+    if value is None and (optional or has_preset):
         return None
     if kind is float and type(value) is int:
         value = float(value)
@@ -269,7 +275,9 @@ def _add_flag(
         section.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=explanation)
         return
     required = field.default is dataclasses.MISSING
-    if preset is not None and preset[0] != preset[1]:
+    if preset is not None and None in preset:
+        pass  # the help says it
+    elif preset is not None and preset[0] != preset[1]:
         explanation += f" (digits {preset[0]}, others {preset[1]})"
     elif preset is not None or (field.default is not None and not required):
         explanation += f" (default {preset[0] if preset else field.default})"

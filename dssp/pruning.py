@@ -1,14 +1,14 @@
 """Which edges leave the search space, and when: normalised gates, the four strategies, the measured effect.
 
 Why gates are normalised. Every path out of a cell ends in a BatchNorm, so the loss does not see a common scale of a
-node's gates; the penalty pulls exactly along that direction and, under Adam, at the optimizer's own pace whatever lambda
-is. Raw gates therefore sink together and say little. What the loss does see is a gate relative to the others that enter
-the same node, so that is what is compared:
+node's gates; the penalty pulls exactly along that direction and, under Adam, at the optimizer's own pace whatever
+lambda is. Raw gates therefore sink together and say little. What the loss does see is a gate relative to the others
+that enter the same node, so that is what is compared:
 
     s_e = sigmoid(m_e) / mean over the live in-edges e' of e's node of sigmoid(m_e')
 
-Why gates only propose. A relative gate is still a learned parameter with noise in it. Under the default strategy it picks
-which edges to look at; the loss increase on fixed held-out images when an edge is masked decides which of them go.
+Why gates only propose. A relative gate is still a learned parameter with noise in it. Under the default strategy it
+picks which edges to look at; the loss increase on fixed held-out images when an edge is masked decides which go.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ Measure = Callable[[list[str]], list[float]]  # edges -> loss increase when each
 class Pruner:
     """Removes edges from a supernet as the rules say and remembers what left when.
 
-    Every node keeps at least ``min_edges`` >= 1 incoming edges, and sources come before nodes, so a path from the cell's
-    inputs to its output always remains.
+    Every node keeps at least ``min_edges`` >= 1 incoming edges, and sources come before nodes, so a path from the
+    cell's inputs to its output always remains.
     """
 
     def __init__(self, supernet: Supernet, rules: PruningRules, measure: Measure) -> None:

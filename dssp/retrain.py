@@ -45,7 +45,8 @@ def retrain(
         cells=config.cells,
         classes=len(data.classes),
         image_channels=data.image_shape[0],
-    ).to(device, memory_format=torch.channels_last)
+    )
+    network = network.to(device).to(memory_format=torch.channels_last)
     cost = {"parameters": count_parameters(network), "flops": count_flops(network, data.image_shape)}
     if config.epochs == 0:
         return Retrained(test_accuracy=None, seconds=None, **cost)

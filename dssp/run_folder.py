@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -83,11 +84,14 @@ def _circumstances() -> dict[str, Any]:
     """What else is needed to repeat the run."""
     from dssp import __version__
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "dssp": __version__, "triton": None}
-    try:
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dssp": __version__,
+        "triton": None,
+    }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # None says it
         versions["triton"] = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        pass  # None says it
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "command": " ".join(["python", "-m", *_command()]),

@@ -45,7 +45,7 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
         image_channels=data.image_shape[0],
         gated=config.method == "dssp",
     )
-    return supernet.to(device, memory_format=torch.channels_last)
+    return supernet.to(device).to(memory_format=torch.channels_last)
 
 
 def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
@@ -72,7 +72,8 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     )
     supernet = build_supernet(config, data, device)
     edges = {type: [f"{source}->{node}" for source, node in supernet.space.edges] for type in CELL_TYPES}
-    folder = open_run_folder(config, config.method, {"edges": edges})
+    details = {"edges": edges, "operations": list(supernet.space.operations)}
+    folder = open_run_folder(config, config.method, details)
     search = BilevelSearch(config, supernet, data)
     metrics = MetricsLog(folder / "metrics.jsonl")
     callbacks: list[Callback] = [

@@ -27,8 +27,8 @@ def print_summary(console: Console, summary: dict[str, Any], genotype: Genotype,
     console.print(_pruning(summary["pruned"]), highlight=False)
     seconds = summary["step_seconds"]
     console.print(
-        f"Time per search step: {1e3 * seconds['first']:.0f} ms before pruning, {1e3 * seconds['last']:.0f} ms at the end "
-        f"({seconds['first'] / seconds['last']:.2f}x); search {summary['search_seconds']:.0f} s",
+        f"Time per search step: {1e3 * seconds['first']:.0f} ms before pruning, {1e3 * seconds['last']:.0f} ms at the "
+        f"end ({seconds['first'] / seconds['last']:.2f}x); search {summary['search_seconds']:.0f} s",
         highlight=False,
     )
     size = f"{summary['parameters']:,} parameters, {summary['flops'] / 1e6:.1f} MFLOPs per image"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class SearchCell(nn.Module):
         self, space: CellSpace, *, c_before: int, c_previous: int, channels: int, reduction: bool, reduced_before: bool
     ) -> None:
         super().__init__()
-        self.type = "reduce" if reduction else "normal"
+        self.cell_type = "reduce" if reduction else "normal"
         self.preprocess0 = (
             FactorizedReduce(c_before, channels, affine=False)
             if reduced_before
@@ -41,7 +42,11 @@ class SearchCell(nn.Module):
             for source, _ in space.edges
         )
         # The edges are registered once, under DARTS' names; the nodes only group them.
-        self._nodes = tuple(FusedMixedNode(self._ops[i] for i in space.edges_into(node)) for node in space.concat)
+        self._nodes = tuple(FusedMixedNode(self.mixed_edge(i) for i in space.edges_into(node)) for node in space.concat)
+
+    def mixed_edge(self, position: int) -> FusedMixedEdge:
+        """The mixed edge at a position in the space's order of edges."""
+        return cast(FusedMixedEdge, self._ops[position])
 
     def forward(self, s0: Tensor, s1: Tensor, alpha: tuple[Tensor, ...], mask: tuple[Tensor | None, ...]) -> Tensor:
         """alpha, mask: per node, [edges, candidates] and [edges]."""
@@ -104,15 +109,18 @@ class Supernet(nn.Module):
             self.register_buffer(f"active_{type}", torch.ones(edges, dtype=torch.bool), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        sizes = [node for node in self.space.concat]  # node n has n incoming edges
+        sizes = list(self.space.concat)  # node n has n incoming edges
         alpha = {type: self.alpha[type].split(sizes) for type in CELL_TYPES}
         mask = {type: self.mask[type].split(sizes) if self.mask else (None,) * len(sizes) for type in CELL_TYPES}
         s0 = s1 = self.stem(images)
-        for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, alpha[cell.type], mask[cell.type])
+        for cell in self._cells():
+            s0, s1 = s1, cell(s0, s1, alpha[cell.cell_type], mask[cell.cell_type])
         return self.classifier(s1.mean((2, 3)))
 
-    # ---- parameters ----------------------------------------------------------------------------------------------------
+    def _cells(self) -> Iterator[SearchCell]:
+        return (cast(SearchCell, cell) for cell in self.cells)
+
+    # ---- parameters ------------------------------------------------------------------------------------------
 
     def architecture_parameters(self) -> list[nn.Parameter]:
         """alpha and masks of all cell types."""
@@ -123,7 +131,7 @@ class Supernet(nn.Module):
         architecture = {id(parameter) for parameter in self.architecture_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in architecture]
 
-    # ---- edges ---------------------------------------------------------------------------------------------------------
+    # ---- edges -----------------------------------------------------------------------------------------------
 
     def edges(self) -> Iterator[str]:
         """The names of all edges, normal cells first, in DARTS' order."""
@@ -149,7 +157,7 @@ class Supernet(nn.Module):
     def mixed_edges(self, edge: str) -> list[FusedMixedEdge]:
         """The modules of a named edge, one per cell of its type."""
         cell_type, position = self.locate(edge)
-        return [cell._ops[position] for cell in self.cells if cell.type == cell_type]
+        return [cell.mixed_edge(position) for cell in self._cells() if cell.cell_type == cell_type]
 
     def remove_edge(self, edge: str) -> None:
         """Remove an edge for good from all cells of its type: its candidates are gone and take no memory or time."""

@@ -69,7 +69,7 @@ def _reference_instead(why: str) -> str:
 
 
 def implementation_for(device: torch.device) -> str:
-    """The implementation that serves tensors on ``device``: ``"triton"``, ``"interpreter"``, ``"cpu"`` or ``"reference"``.
+    """Who serves tensors on ``device``: ``"triton"``, ``"interpreter"`` (of Triton), ``"cpu"`` or ``"reference"``.
 
     Raises RuntimeError when the backend asked for cannot serve that device.
     """

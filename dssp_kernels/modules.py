@@ -15,13 +15,13 @@ from dssp_kernels.mixed_sum.op import RELAXATIONS, mixed_sum
 class FusedMixedEdge(nn.Module):
     """One edge of a supernet: sigmoid(mask) * sum_k softmax(alpha)_k * ops[k](x), mixed in one kernel.
 
-    Replaces DARTS' MixedOp (Liu et al. 2019, eq. 2). The candidates live in ``_ops`` as they do there, so checkpoints of
-    the candidates load both ways.
+    Replaces DARTS' MixedOp (Liu et al. 2019, eq. 2). The candidates live in ``_ops`` as they do there, so checkpoints
+    of the candidates load both ways.
 
     Args:
         ops: the K candidate operations. None, or a module that returns None, is the zero op.
         alpha: architecture parameters [K]; a Parameter is registered, any other tensor is only referred to. By default
-            the edge owns a Parameter drawn from 1e-3 * N(0, 1), as DARTS does. False: it has none, forward() is given it.
+            the edge owns a Parameter drawn from 1e-3 * N(0, 1), as DARTS does. False: it has none, forward() gets it.
         mask: gate logit [1]. By default the edge owns a Parameter initialised to 1. False: it has none, and no gate
             unless forward() is given one.
         relaxation: ``"softmax"`` over alpha, or ``"given"``: alpha holds the weights themselves.
@@ -48,10 +48,14 @@ class FusedMixedEdge(nn.Module):
             raise ValueError(f"relaxation: expected one of {', '.join(RELAXATIONS)}, got {relaxation!r}")
         for name, value in (("alpha", alpha), ("mask", mask)):
             if value is not None and value is not False and not isinstance(value, Tensor):
-                raise TypeError(f"{name}: expected a tensor, None (own one) or False (none), got {type(value).__name__}")
+                raise TypeError(
+                    f"{name}: expected a tensor, None (own one) or False (none), got {type(value).__name__}"
+                )
         self.relaxation = relaxation
         self.candidates = len(self._ops)
-        self.alpha = nn.Parameter(1e-3 * torch.randn(self.candidates)) if alpha is None else None if alpha is False else alpha
+        self.alpha = (
+            nn.Parameter(1e-3 * torch.randn(self.candidates)) if alpha is None else None if alpha is False else alpha
+        )
         self.mask = nn.Parameter(torch.ones(1)) if mask is None else None if mask is False else mask
         self._pruned = False
         self._removed: list[nn.Module | None] = []  # copies without data of candidates that remove() gave up
@@ -162,7 +166,7 @@ class FusedMixedNode(nn.Module):
                 raise ValueError("alpha: the edges own none (alpha=False), expected a tensor [E, K] in forward()")
             alpha = torch.stack([edge.alpha for edge in self.edges])  # type: ignore[misc]
         if mask is None and self.edges[0].mask is not None:
-            mask = torch.cat([edge.mask.reshape(1) for edge in self.edges])  # type: ignore[operator, union-attr]
+            mask = torch.cat([edge.mask.reshape(1) for edge in self.edges])  # type: ignore[operator]
         return mixed_sum(outputs, alpha, mask, relaxation=self.relaxation)
 
 

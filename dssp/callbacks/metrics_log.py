@@ -11,7 +11,7 @@ from dssp.run_folder import keep_rows
 
 
 class MetricsLog(Callback):
-    """Appends each epoch's row to ``path`` and keeps all of them in ``rows``; a continued run first drops rows it will redo."""
+    """Appends each epoch's row to ``path`` and keeps all in ``rows``; a continued run first drops rows it will redo."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
+
 
 class ReLUConvBN(nn.Module):
     """BatchNorm(conv(relu(x))): [B, c_in, H, W] -> [B, c_out, H', W']."""
@@ -25,15 +27,15 @@ class ReLUConvBN(nn.Module):
 
 
 class DilConv(nn.Module):
-    """ReLU, dilated depthwise convolution, pointwise convolution, BatchNorm."""
+    """ReLU (inside the depthwise kernel), dilated depthwise convolution, pointwise convolution, BatchNorm."""
 
     def __init__(
         self, c_in: int, c_out: int, kernel_size: int, stride: int, padding: int, dilation: int, affine: bool = True
     ) -> None:
         super().__init__()
         self.op = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(c_in, c_in, kernel_size, stride, padding, dilation, groups=c_in, bias=False),
+            nn.Identity(),  # where DARTS has the ReLU: the state_dict keys stay those of DARTS
+            DepthwiseConv2d(c_in, kernel_size, stride, padding, dilation, relu=True),
             nn.Conv2d(c_in, c_out, 1, bias=False),
             nn.BatchNorm2d(c_out, affine=affine),
         )
@@ -43,17 +45,17 @@ class DilConv(nn.Module):
 
 
 class SepConv(nn.Module):
-    """ReLU, depthwise, pointwise, BatchNorm, twice; only the first depthwise convolution strides."""
+    """ReLU (inside the depthwise kernel), depthwise, pointwise, BatchNorm, twice; only the first depthwise strides."""
 
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int, padding: int, affine: bool = True) -> None:
         super().__init__()
         self.op = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(c_in, c_in, kernel_size, stride, padding, groups=c_in, bias=False),
+            nn.Identity(),
+            DepthwiseConv2d(c_in, kernel_size, stride, padding, relu=True),
             nn.Conv2d(c_in, c_in, 1, bias=False),
             nn.BatchNorm2d(c_in, affine=affine),
-            nn.ReLU(),
-            nn.Conv2d(c_in, c_in, kernel_size, 1, padding, groups=c_in, bias=False),
+            nn.Identity(),
+            DepthwiseConv2d(c_in, kernel_size, 1, padding, relu=True),
             nn.Conv2d(c_in, c_out, 1, bias=False),
             nn.BatchNorm2d(c_out, affine=affine),
         )

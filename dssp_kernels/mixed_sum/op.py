@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def mixed_sum(
 
     Returns:
         A tensor of the outputs' shape, promoted dtype and memory layout (contiguous, channels_last or any dense
-        permutation; where entries differ, the layout most of them have). Sums are kept in float32 (float64 for float64).
+        permutation; where entries differ, the layout most of them have). Sums are float32 (float64 for float64).
 
     Differentiable twice with respect to every output, alpha and mask. Bit-reproducible.
 
@@ -66,7 +66,7 @@ def mixed_sum(
     return _MixedSum.apply(implementation == "interpreter", softmax, alpha, mask, active, *outputs)
 
 
-# ---- argument checks ---------------------------------------------------------------------------------------------------
+# ---- argument checks -----------------------------------------------------------------------------------------------
 
 
 def _edges(alpha: Tensor) -> int:
@@ -131,7 +131,7 @@ def _check_parameters(
         raise ValueError(f"active: expected shape [E] = [{edges}], got {list(active.shape)}")
 
 
-# ---- memory layout -----------------------------------------------------------------------------------------------------
+# ---- memory layout -------------------------------------------------------------------------------------------------
 
 
 def _dense_order(tensor: Tensor) -> tuple[int, ...] | None:
@@ -178,7 +178,7 @@ def _copy_in_order(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     return tensor.permute(permutation).contiguous().permute(inverse)
 
 
-# ---- autograd ----------------------------------------------------------------------------------------------------------
+# ---- autograd ------------------------------------------------------------------------------------------------------
 
 
 def _forward(interpreted: bool, *arguments: Any) -> Tensor:
@@ -201,7 +201,7 @@ class _MixedSum(torch.autograd.Function):
     """Saves the candidates' outputs only if alpha or mask needs a gradient: a weight step keeps none of them alive."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch types it *args
+    def forward(
         ctx: Any,
         interpreted: bool,
         softmax: bool,
@@ -218,7 +218,7 @@ class _MixedSum(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         alpha, mask, active, *outputs = ctx.saved_tensors
         needs_alpha, needs_mask, _, *needs_output_grad = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -241,7 +241,7 @@ class _MixedSum(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Gradients for (alpha, mask, active, *outputs) that can be differentiated again: autograd on the reference formula.
+    """Gradients for (alpha, mask, active, *outputs) that can be differentiated again, from the reference formula.
 
     Fresh views stand for the inputs, so that an output computed from another one does not count twice.
     """
@@ -250,13 +250,13 @@ def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if not (needed[0] or needed[1]):  # linear in the outputs then, which were not saved: their values do not matter
         outputs = [torch.zeros_like(grad, requires_grad=True) if need else None for need in needed[3:]]
     inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (alpha, mask, active, *outputs)]
-    y = mixed_sum_reference(inputs[3:], inputs[0], inputs[1], ctx.softmax, inputs[2])
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    y = mixed_sum_reference(inputs[3:], cast(Tensor, inputs[0]), inputs[1], ctx.softmax, inputs[2])
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, materialize_grads=True))
     return [next(found) if need else None for need in needed]
 
 
-# ---- registration ------------------------------------------------------------------------------------------------------
+# ---- registration --------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("dssp_kernels", "FRAGMENT")
 _library.define(

@@ -20,6 +20,9 @@ NUM_WARPS = 2 if torch.version.hip else 4  # a warp is 64 threads on AMD's data 
 PROGRAMS = 1024
 FINISH_ELEMENTS = 8192  # partial sums that the finishing kernel reads at a time
 FINISH_WARPS = 8
+# Candidates whose loads are in flight together, a power of two; in the backward pass also those that one program serves, so
+# that registers do not grow with K.
+GROUP = tl.constexpr(8)
 
 
 def _block(itemsize: int, candidates: int) -> tuple[int, int]:
@@ -39,12 +42,14 @@ def _edge_factors(
     alpha,
     mask,
     EDGE: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
     K: tl.constexpr,
     SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The K scalars gate * weight of one edge."""
+    """The scalars gate * weight of candidates FIRST .. FIRST + COUNT of one edge, as a tuple."""
     weights = ()
     for k in tl.static_range(K):
         weights = weights + (tl.load(alpha + EDGE * K + k).to(ACC),)
@@ -63,7 +68,7 @@ def _edge_factors(
         weights = powers
         scale = scale / total
     factors = ()
-    for k in tl.static_range(K):
+    for k in tl.static_range(FIRST, FIRST + COUNT):
         factors = factors + (weights[k] * scale,)
     return factors
 
@@ -82,11 +87,20 @@ def _add_edge(
     SOFTMAX: tl.constexpr,
 ):
     """total + sum_k gate * w_k * outputs[EDGE * K + k]."""
-    factors = _edge_factors(alpha, mask, EDGE, K, SHARED_MASK, SOFTMAX, total.dtype)
-    for k in tl.static_range(K):
-        if outputs[EDGE * K + k] is not None:
-            x = tl.load(outputs[EDGE * K + k] + offsets, mask=inside)  # [SIZE]
-            total += factors[k] * x.to(total.dtype)
+    factors = ()
+    for first in tl.static_range(0, K, GROUP):
+        inputs = ()
+        for k in tl.static_range(first, min(first + GROUP, K)):
+            x = total
+            if outputs[EDGE * K + k] is not None:
+                x = tl.load(outputs[EDGE * K + k] + offsets, mask=inside)  # [SIZE]
+            inputs = inputs + (x,)
+        tl.debug_barrier()  # keeps these loads in flight together: the compiler would rather wait between them
+        if first == 0:
+            factors = _edge_factors(alpha, mask, EDGE, 0, K, K, SHARED_MASK, SOFTMAX, total.dtype)
+        for k in tl.static_range(first, min(first + GROUP, K)):
+            if outputs[EDGE * K + k] is not None:
+                total += factors[k] * inputs[k - first].to(total.dtype)
     return total
 
 
@@ -109,11 +123,15 @@ def _mix(
     offsets = start + tl.arange(0, SIZE)
     inside = offsets < end
     total = tl.zeros([SIZE], tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32)
+    flags = ()
+    if active is not None:
+        for e in tl.static_range(E):
+            flags = flags + (tl.load(active + e),)
     for e in tl.static_range(E):
         if active is None:
             total = _add_edge(total, outputs, alpha, mask, offsets, inside, e, K, SHARED_MASK, SOFTMAX)
         else:
-            if tl.load(active + e):
+            if flags[e]:
                 total = _add_edge(total, outputs, alpha, mask, offsets, inside, e, K, SHARED_MASK, SOFTMAX)
     tl.store(y + offsets, total.to(y.dtype.element_ty), mask=inside)  # [SIZE]
 
@@ -156,52 +174,53 @@ def _differentiate(
     start,
     end,
     DOTS: tl.constexpr,
-    EDGE: tl.constexpr,
-    K: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Write the input gradients of elements start .. start + SIZE, as far as end; return dots + their share of <grad, x_k>."""
+    """Input gradients of elements start .. start + SIZE, as far as end; returns dots + their share of <grad, outputs>."""
     ACC: tl.constexpr = factors[0].dtype
     offsets = start + tl.arange(0, SIZE)
     inside = offsets < end
     readable = inside if live is None else offsets < tl.where(live, end, 0)
     g = tl.load(grad + offsets, mask=readable, other=0.0)  # [SIZE]
-    inputs = ()
     # Every load before the first store: the compiler cannot know that the stores do not change what is loaded.
-    for k in tl.static_range(K):
-        if DOTS and outputs[EDGE * K + k] is not None:
-            inputs = inputs + (tl.load(outputs[EDGE * K + k] + offsets, mask=readable, other=0.0),)  # [SIZE]
-        else:
-            inputs = inputs + (None,)
+    inputs = ()
+    for i in tl.static_range(COUNT):
+        x = g
+        if outputs[FIRST + i] is not None:
+            x = tl.load(outputs[FIRST + i] + offsets, mask=readable, other=0.0)  # [SIZE]
+        inputs = inputs + (x,)
     g = g.to(ACC)
     sums = ()
-    for k in tl.static_range(K):
-        if grads[EDGE * K + k] is not None:
-            tl.store(grads[EDGE * K + k] + offsets, (factors[k] * g).to(grad.dtype.element_ty), mask=inside)  # [SIZE]
-        if inputs[k] is not None:
-            sums = sums + (dots[k] + tl.sum(tl.reshape(g * inputs[k].to(ACC), [LANES, SIZE // LANES]), axis=1),)
-        elif DOTS:
-            sums = sums + (dots[k],)
+    for i in tl.static_range(COUNT):
+        if grads[FIRST + i] is not None:
+            tl.store(grads[FIRST + i] + offsets, (factors[i] * g).to(grad.dtype.element_ty), mask=inside)  # [SIZE]
+        if DOTS:
+            dot = dots[i]
+            if outputs[FIRST + i] is not None:
+                dot += tl.sum(tl.reshape(g * inputs[i].to(ACC), [LANES, SIZE // LANES]), axis=1)
+            sums = sums + (dot,)
     return sums
 
 
 @triton.jit
-def _sum_each(dots, LANES: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
-    """K vectors [LANES] -> their sums [WIDTH], zero from K on: one reduction with one synchronisation for all of them."""
-    parts = dots
-    for _ in tl.static_range(WIDTH - K):
-        parts = parts + (tl.zeros([LANES], dots[0].dtype),)
+def _sum_each(vectors, LANES: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """COUNT vectors [LANES] -> their sums [WIDTH], zeros at the end: one reduction, one synchronisation for all of them."""
+    parts = vectors
+    for _ in tl.static_range(WIDTH - COUNT):
+        parts = parts + (tl.zeros([LANES], vectors[0].dtype),)
     for level in tl.static_range(1, WIDTH.bit_length()):
         joined = ()
-        for k in tl.static_range(WIDTH >> level):
-            joined = joined + (tl.join(parts[k], parts[k + (WIDTH >> level)]),)
+        for i in tl.static_range(WIDTH >> level):
+            joined = joined + (tl.join(parts[i], parts[i + (WIDTH >> level)]),)
         parts = joined
     return tl.sum(tl.reshape(parts[0], [LANES, WIDTH]), axis=0)
 
 
 @triton.jit
-def _edge_backward(
+def _group_backward(
     grad,
     outputs,
     grads,
@@ -211,40 +230,47 @@ def _edge_backward(
     active,
     n,
     EDGE: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
     K: tl.constexpr,
-    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """This program's share of one edge. An inactive edge reads nothing, writes zero gradients and zero partial sums."""
+    """This program's share of candidates FIRST .. FIRST + COUNT of one edge.
+
+    An inactive edge reads nothing, writes zero gradients and zero partial sums.
+    """
     ACC: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
     LANES: tl.constexpr = BLOCK // VECTOR
     DOTS: tl.constexpr = partials is not None
     program = tl.program_id(1)
     programs = tl.num_programs(1)
-    factors = _edge_factors(alpha, mask, EDGE, K, SHARED_MASK, SOFTMAX, ACC)
+    factors = _edge_factors(alpha, mask, EDGE, FIRST, COUNT, K, SHARED_MASK, SOFTMAX, ACC)
     live = None
     if active is not None:
         live = tl.load(active + EDGE)
         kept = ()
-        for k in tl.static_range(K):
-            kept = kept + (tl.where(live, factors[k], 0.0),)  # alpha may be NaN
+        for i in tl.static_range(COUNT):
+            kept = kept + (tl.where(live, factors[i], 0.0),)  # alpha may be NaN
         factors = kept
     dots = ()
     if DOTS:
-        for _ in tl.static_range(K):
+        for _ in tl.static_range(COUNT):
             dots = dots + (tl.zeros([LANES], ACC),)
+    place: tl.constexpr = EDGE * K + FIRST
     whole = (n // VECTOR).to(tl.int64) * VECTOR
     for start in range(program.to(tl.int64) * BLOCK, whole, programs * BLOCK):
-        dots = _differentiate(dots, grad, outputs, grads, factors, live, start, whole, DOTS, EDGE, K, BLOCK, LANES)
+        dots = _differentiate(dots, grad, outputs, grads, factors, live, start, whole, DOTS, place, COUNT, BLOCK, LANES)
     # The rest, shorter than one vector, is the last program's.
     if whole + (programs - 1 - program) * VECTOR < n:
-        dots = _differentiate(dots, grad, outputs, grads, factors, live, whole, n, DOTS, EDGE, K, LANES, LANES)
+        dots = _differentiate(dots, grad, outputs, grads, factors, live, whole, n, DOTS, place, COUNT, LANES, LANES)
     if DOTS:
-        row = partials + (EDGE * programs + program) * WIDTH
-        tl.store(row + tl.arange(0, WIDTH), _sum_each(dots, LANES, K, WIDTH))  # [WIDTH]
+        WIDTH: tl.constexpr = min(GROUP, COLUMNS)
+        row = partials + (EDGE * programs + program) * COLUMNS + FIRST
+        tl.store(row + tl.arange(0, WIDTH), _sum_each(dots, LANES, COUNT, WIDTH))  # [WIDTH]
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -259,20 +285,37 @@ def mixed_sum_bwd_kernel(
     n,
     E: tl.constexpr,
     K: tl.constexpr,
-    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """grads[e * K + k] = factor[e, k] * grad, partials[e, program, k] = <grad, outputs[e * K + k]>; grid (E, programs).
+    """grads[e*K + k] = factor[e, k] * grad, partials[e, program, k] = <grad, outputs[e*K + k]> over the program's share.
 
-    Edges run fastest over the grid: programs that read the same part of grad run together and share it through the cache.
+    Grid (E * groups of candidates, programs): those that read the same part of grad run together and share it in the cache.
     """
-    for e in tl.static_range(E):
-        if tl.program_id(0) == e:
-            _edge_backward(
-                grad, outputs, grads, partials, alpha, mask, active, n, e, K, WIDTH, SHARED_MASK, SOFTMAX, BLOCK, VECTOR
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    for i in tl.static_range(E * GROUPS):
+        if tl.program_id(0) == i:
+            _group_backward(
+                grad,
+                outputs,
+                grads,
+                partials,
+                alpha,
+                mask,
+                active,
+                n,
+                i // GROUPS,
+                i % GROUPS * GROUP,
+                min(GROUP, K - i % GROUPS * GROUP),
+                K,
+                COLUMNS,
+                SHARED_MASK,
+                SOFTMAX,
+                BLOCK,
+                VECTOR,
             )
 
 
@@ -287,24 +330,25 @@ def mixed_sum_bwd_finish_kernel(
     programs,
     E: tl.constexpr,
     K: tl.constexpr,
-    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
 ):
-    """Partial sums [E, programs, WIDTH] -> gradients of alpha and mask; grid (E), or (1) where all edges share one mask."""
+    """Partial sums [E, programs, COLUMNS] -> gradients of alpha and mask; grid (E), or (1) where all edges share one mask."""
     ACC: tl.constexpr = partials.dtype.element_ty
-    candidates = tl.arange(0, WIDTH)
+    candidates = tl.arange(0, COLUMNS)
     exists = candidates < K
+    written = candidates < (K + GROUP - 1) // GROUP * GROUP
     first = tl.program_id(0)
     shared_total = tl.full([], 0.0, ACC)
     for e in range(first, E if SHARED_MASK else first + 1):
-        d = tl.zeros([WIDTH], ACC)
+        d = tl.zeros([COLUMNS], ACC)
         for row in range(0, programs, ROWS):
             rows = row + tl.arange(0, ROWS)[:, None]
-            tile = partials + (e * programs + rows) * WIDTH + candidates[None, :]
-            d += tl.sum(tl.load(tile, mask=rows < programs, other=0.0), axis=0)  # [ROWS, WIDTH]
-        w = tl.load(alpha + e * K + candidates, mask=exists, other=-float("inf") if SOFTMAX else 0.0).to(ACC)  # [WIDTH]
+            tile = partials + (e * programs + rows) * COLUMNS + candidates[None, :]
+            d += tl.sum(tl.load(tile, mask=(rows < programs) & written[None, :], other=0.0), axis=0)  # [ROWS, COLUMNS]
+        w = tl.load(alpha + e * K + candidates, mask=exists, other=-float("inf") if SOFTMAX else 0.0).to(ACC)  # [COLUMNS]
         if SOFTMAX:
             w = tl.exp(w - tl.max(w))
             w = w / tl.sum(w)
@@ -319,7 +363,7 @@ def mixed_sum_bwd_finish_kernel(
             live = tl.load(active + e)
             d_alpha = tl.where(live, d_alpha, 0.0)
             d_mask = tl.where(live, d_mask, 0.0)
-        tl.store(grad_alpha + e * K + candidates, d_alpha, mask=exists)  # [WIDTH]
+        tl.store(grad_alpha + e * K + candidates, d_alpha, mask=exists)  # [COLUMNS]
         if mask is not None:
             if SHARED_MASK:
                 shared_total += d_mask
@@ -386,14 +430,14 @@ def mixed_sum_backward(
         return requested, grad_alpha, grad_mask
     block, vector = _block(grad.element_size(), candidates)
     programs = min(PROGRAMS, triton.cdiv(n, block))
-    width = triton.next_power_of_2(candidates)
+    columns = triton.next_power_of_2(candidates)
     shared_mask = mask is not None and mask.numel() < edges
     with torch.cuda.device_of(grad):
         partials = None
         if needs_parameter_grad:
             dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
-            partials = torch.empty((edges, programs, width), dtype=dtype, device=grad.device)
-        mixed_sum_bwd_kernel[(edges, programs)](
+            partials = torch.empty((edges, programs, columns), dtype=dtype, device=grad.device)
+        mixed_sum_bwd_kernel[(edges * triton.cdiv(candidates, GROUP.value), programs)](
             grad,
             tuple(outputs) if needs_parameter_grad else (None,) * len(outputs),
             tuple(grads),
@@ -404,7 +448,7 @@ def mixed_sum_backward(
             n,
             E=edges,
             K=candidates,
-            WIDTH=width,
+            COLUMNS=columns,
             SHARED_MASK=shared_mask,
             SOFTMAX=softmax,
             BLOCK=block,
@@ -423,8 +467,8 @@ def mixed_sum_backward(
                 programs,
                 E=edges,
                 K=candidates,
-                WIDTH=width,
-                ROWS=max(1, min(PROGRAMS, FINISH_ELEMENTS // width)),
+                COLUMNS=columns,
+                ROWS=max(1, min(PROGRAMS, FINISH_ELEMENTS // columns)),
                 SHARED_MASK=shared_mask,
                 SOFTMAX=softmax,
                 num_warps=FINISH_WARPS,
