@@ -26,11 +26,9 @@ from dssp.pruning import GateTable, measured_effects
 from dssp.search import build_supernet
 
 
-def signal(seed: int, epochs: int, lambda_prune: float, mask_lr: float | None) -> dict[str, Any]:
+def signal(seed: int, **settings: Any) -> dict[str, Any]:
     """One search on the digits; shift, spread and correlations over its edges."""
-    config = SearchConfig(
-        seed=seed, epochs=epochs, lambda_prune=lambda_prune, mask_lr=mask_lr, prune_strategy="none"
-    ).resolve()
+    config = SearchConfig(seed=seed, prune_strategy="none", **settings).resolve()
     torch.set_num_threads(config.threads or torch.get_num_threads())
     device = torch.device("cpu")
     data = load_data("digits", data_path=None, image_size=None, seed=seed, device=device, workers=1)
@@ -65,7 +63,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for seed in arguments.seeds:
-        rows.append(signal(seed, arguments.epochs, arguments.lambda_prune, arguments.mask_lr))
+        settings = {"epochs": arguments.epochs, "lambda_prune": arguments.lambda_prune, "mask_lr": arguments.mask_lr}
+        rows.append(signal(seed, **settings))
         print("  ".join(f"{key} {value:+.2f}" if key != "seed" else f"seed {value}" for key, value in rows[-1].items()))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
