@@ -34,7 +34,7 @@ def signal(seed: int, **settings: Any) -> dict[str, Any]:
     data = load_data("digits", data_path=None, image_size=None, seed=seed, device=device, workers=1)
     supernet = build_supernet(config, data, device)
     search = BilevelSearch(config, supernet, data)
-    Engine(search, [], device).fit()
+    Engine(search, []).fit()
 
     table = GateTable.of(supernet)
     images, labels = next(data.test.batches(len(data.test), epoch=0, seed=seed, train=False))

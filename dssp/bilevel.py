@@ -66,7 +66,7 @@ class BilevelSearch:
             epochs=config.epochs,
             every=config.prune_every,
         )
-        self.held_out = next(data.valid.batches(HELD_OUT, epoch=0, seed=config.seed, train=False))
+        self.held_out = data.valid.sample(HELD_OUT, seed=config.seed)
         self.pruner = Pruner(supernet, rules, lambda edges: measured_effects(supernet, edges, *self.held_out))
 
     def is_warming_up(self, epoch: int) -> bool:

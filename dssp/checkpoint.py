@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,18 @@ def save_checkpoint(folder: Path, name: str, epoch: int, state: dict[str, Any]) 
         old.unlink()
 
 
-def load_newest(folder: Path, name: str, device: torch.device) -> dict[str, Any] | None:
-    """The newest checkpoint of that name that can be read, or None; a damaged one is skipped with a warning."""
+def load_newest(folder: Path, name: str) -> dict[str, Any] | None:
+    """The newest readable checkpoint of that name, on the CPU, or None; a damaged one is skipped with a warning."""
     for path in sorted(folder.glob(f"{name}-*.pt"), reverse=True):
         try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            return _read(path)
+        except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             warnings.warn(f"{path}: damaged checkpoint skipped ({error})", RuntimeWarning, stacklevel=2)
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch.load does not look at the checksums
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -19,6 +19,10 @@ class DeviceUnavailable(Exception):
     """A device that was asked for and is not there."""
 
 
+class GenotypeUnavailable(Exception):
+    """A genotype that cannot be read or built; one line that says why."""
+
+
 def choose_device(name: str, threads: int | None) -> torch.device:
     """The device called ``name``; ``"auto"`` is the first GPU if there is one. Sets the number of CPU threads."""
     if threads is not None:
@@ -35,7 +39,7 @@ def run_command(run: Callable[[Config, Console], Any], config: Config) -> None:
     """Run a command; a failure the user can mend ends the process with one line and status 1."""
     try:
         run(config, Console())
-    except (DataUnavailable, RunFolderError, DeviceUnavailable) as error:
+    except (DataUnavailable, RunFolderError, DeviceUnavailable, GenotypeUnavailable) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("interrupted; --resume continues after the last finished epoch")

@@ -178,6 +178,10 @@ class SearchConfig(_Config):
         super().__post_init__()
         if self.epochs is not None and self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise ConfigError("warmup_epochs", f"expected at most the {self.epochs} epochs, got {self.warmup_epochs}")
+        if self.cells is not None and self.cells < 3:
+            raise ConfigError(
+                "cells", f"expected at least 3, or there is no normal cell beside the two reductions, got {self.cells}"
+            )
         if self.method == "darts" and self.prune_strategy not in (None, "none"):
             raise ConfigError("prune_strategy", f"method darts prunes nothing, got {self.prune_strategy}")
 
@@ -196,7 +200,9 @@ class RetrainConfig(_Config):
     """Everything that decides a retraining."""
 
     genotype: str = option(dataclasses.MISSING, "genotype.json of a search, or a file with DARTS' text", "model")
-    epochs: int = option(None, "passes over all training images", "training", low=1)
+    epochs: int = option(
+        None, "passes over all training images; 0 = count parameters and FLOPs only", "training", low=0
+    )
     lr: float = option(0.025, "learning rate (SGD, cosine down to 0)", "training", low=0)
     momentum: float = option(0.9, "momentum", "training", low=0, high=1)
     weight_decay: float = option(3e-4, "weight decay", "training", low=0)

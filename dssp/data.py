@@ -8,7 +8,7 @@ import struct
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -133,6 +133,11 @@ class Split:
         planned = zip(*(part.split(batch_size) for part in plan), strict=True)
         for pixels, (targets, shift, flip) in zip(self.store.fetch(order, batch_size), planned, strict=True):
             yield self._normalised(_shifted(pixels, shift, flip)), targets
+
+    def sample(self, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
+        """``count`` images as they are (or all, if there are fewer) and their labels, drawn at random by seed."""
+        drawn = torch.randperm(len(self), generator=_generator(seed, "sample", self.name))[:count]
+        return next(replace(self, indices=self.indices[drawn]).batches(count, epoch=0, seed=seed, train=False))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         images = (pixels.to(torch.float32) - self.mean) / self.std

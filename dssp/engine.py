@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from dssp.metrics import RunningMeans
@@ -38,7 +37,7 @@ class Task(Protocol):
 
 
 class Callback:
-    """Watches a run; the default does nothing."""
+    """Watches a run; the default does nothing. Callbacks start in order and take the end of an epoch in reverse."""
 
     def fit_start(self, engine: Engine) -> None:
         """Before the first epoch that will run."""
@@ -56,8 +55,8 @@ class Callback:
 class Engine:
     """Runs a task epoch by epoch. ``epoch`` is the next one to run, ``seconds`` the time spent so far."""
 
-    def __init__(self, task: Task, callbacks: Sequence[Callback], device: torch.device) -> None:
-        self.task, self.callbacks, self.device = task, callbacks, device
+    def __init__(self, task: Task, callbacks: Sequence[Callback]) -> None:
+        self.task, self.callbacks = task, callbacks
         self.epoch = 0
         self.seconds = 0.0
 
@@ -69,7 +68,7 @@ class Engine:
             while self.epoch < self.task.epochs:
                 row = self._run_epoch(self.epoch)
                 self.epoch += 1
-                for callback in self.callbacks:
+                for callback in reversed(self.callbacks):  # what restores the run comes first: it also saves last
                     callback.epoch_end(self, row)
         finally:
             for callback in self.callbacks:

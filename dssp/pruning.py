@@ -102,6 +102,21 @@ class GateTable:
         candidates = [i for i, alive in enumerate(self.live) if alive and fan_in[self.nodes[i]] > min_edges]
         return sorted(candidates, key=lambda i: self.scores[i])
 
+    def proposals(self, min_edges: int, count: int) -> list[int]:
+        """Lowest scores first: twice ``count``, and more where too many of those are edges that a node cannot spare."""
+        spare = {node: -min_edges for node in self.nodes}
+        for node, alive in zip(self.nodes, self.live, strict=True):
+            spare[node] += alive
+        proposed: list[int] = []
+        can_leave = 0
+        for i in self.removable(min_edges):
+            if len(proposed) >= 2 * count and can_leave >= count:
+                break
+            proposed.append(i)
+            can_leave += spare[self.nodes[i]] > 0
+            spare[self.nodes[i]] -= 1
+        return proposed
+
     def without(self, position: int) -> GateTable:
         """The table after that edge has left; the scores of its node change."""
         live = [alive and i != position for i, alive in enumerate(self.live)]
@@ -147,7 +162,7 @@ class Pruner:
             return self._take(table, lambda table, i: table.scores[i] < rules.threshold)
         count = sum(table.live) - rules.target(epoch, len(table.names))
         if rules.strategy == "measured" and count > 0:
-            proposed = [table.names[i] for i in table.removable(rules.min_edges)][: 2 * count]
+            proposed = [table.names[i] for i in table.proposals(rules.min_edges, count)]
             effects = dict(zip(proposed, self.measure(proposed), strict=True))
             table.scores = [effects.get(name, math.inf) for name in table.names]
         return self._take(table, lambda table, i: True, count)

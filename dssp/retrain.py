@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from dssp.callbacks import Checkpointing, MetricsLog, ProgressBar, TensorBoard
-from dssp.command import choose_device, run_command
+from dssp.command import GenotypeUnavailable, choose_device, run_command
 from dssp.config import RetrainConfig, parse_retrain
 from dssp.cost import count_flops, count_parameters
 from dssp.data import DataSet, load_data
@@ -22,6 +22,7 @@ from dssp.network import DerivedNetwork
 from dssp.optimization import evaluate
 from dssp.retraining import Retraining
 from dssp.run_folder import open_run_folder
+from dssp.spaces.operations import OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,32 @@ def retrain(
         TensorBoard(folder / "tensorboard"),
         ProgressBar(console),
     ]
-    engine = Engine(task, callbacks, device)
+    engine = Engine(task, callbacks)
     engine.fit()
     test = data.test.batches(config.batch_size, epoch=0, seed=config.seed, train=False)
     _, accuracy = evaluate(network, test)
     return Retrained(test_accuracy=accuracy, seconds=engine.seconds, **cost)
 
 
+def read_genotype(path: str) -> Genotype:
+    """The genotype in a file, of operations that we know. Raises GenotypeUnavailable."""
+    try:
+        genotype = load_genotype(path)
+    except OSError as error:
+        raise GenotypeUnavailable(f"--genotype: {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise GenotypeUnavailable(f"--genotype: {error}") from None
+    names = {operation for node in genotype.normal + genotype.reduce for operation, _ in node}
+    if unknown := names - set(OPERATIONS):
+        raise GenotypeUnavailable(
+            f"--genotype: {path} names {', '.join(sorted(unknown))}, expected operations among {', '.join(OPERATIONS)}"
+        )
+    return genotype
+
+
 def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
     """The whole command: a run folder with retrain.jsonl, checkpoints and summary.json; returns the summary."""
-    genotype = load_genotype(config.genotype)
+    genotype = read_genotype(config.genotype)
     device = choose_device(config.device, config.threads)
     data = load_data(
         config.dataset,
@@ -96,11 +113,9 @@ def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
         "flops": result.flops,
     }
     write_json(folder / "summary.json", summary)
-    console.print(
-        f"Test accuracy {result.test_accuracy:.2%}, {result.parameters:,} parameters, "
-        f"{result.flops / 1e6:.1f} MFLOPs per image, {result.seconds:.0f} s\nRun folder {folder}",
-        highlight=False,
-    )
+    accuracy = "Not trained" if result.test_accuracy is None else f"Test accuracy {result.test_accuracy:.2%}"
+    cost = f"{result.parameters:,} parameters, {result.flops / 1e6:.1f} MFLOPs per image"
+    console.print(f"{accuracy}, {cost}\nRun folder {folder}", highlight=False, soft_wrap=True)
     return summary
 
 

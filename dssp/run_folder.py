@@ -28,7 +28,7 @@ class RunFolderError(Exception):
 def open_run_folder(config: SearchConfig | RetrainConfig, kind: str, details: dict[str, Any]) -> Path:
     """The folder of this run with its config.json: a new one, or with ``resume`` the one to continue.
 
-    Raises RunFolderError when there is nothing to resume, the folder holds another run, or it is not empty.
+    Raises RunFolderError when there is nothing to resume, the folder holds another run, or it cannot be written.
     """
     folder = Path(config.run_dir) if config.run_dir else None
     if config.resume:
@@ -38,8 +38,11 @@ def open_run_folder(config: SearchConfig | RetrainConfig, kind: str, details: di
     folder = folder or _new_folder(kind)
     if (folder / "config.json").exists():
         raise RunFolderError(f"{folder} already holds a run: add --resume to continue it, or choose another --run-dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"config": config.to_dict(), **_circumstances(), **details})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", {"config": config.to_dict(), **_circumstances(), **details})
+    except OSError as error:
+        raise RunFolderError(f"--run-dir {folder}: {error.strerror}") from None
     return folder
 
 
@@ -54,8 +57,9 @@ def _new_folder(kind: str) -> Path:
 
 def _newest_like(config: SearchConfig | RetrainConfig, kind: str) -> Path:
     for path in sorted(RUNS.glob(f"*-{kind}*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if not _differences(config, path):
-            return path.parent
+        with contextlib.suppress(ValueError, AttributeError):  # somebody else's folder, or a damaged one
+            if not _differences(config, path):
+                return path.parent
     raise RunFolderError(f"--resume: no run under {RUNS}/ has this configuration; name its folder with --run-dir")
 
 

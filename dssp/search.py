@@ -82,7 +82,7 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
         TensorBoard(folder / "tensorboard", edges),
         ProgressBar(console, active_edges=len(supernet.live_edges())),
     ]
-    engine = Engine(search, callbacks, device)
+    engine = Engine(search, callbacks)
     engine.fit()
 
     genotype = derive(supernet, max_edges_per_node=config.max_edges_per_node)

@@ -24,20 +24,18 @@ def print_summary(console: Console, summary: dict[str, Any], genotype: Genotype,
         for node, cell_edges in enumerate(cell, start=2):
             table.add_row(f"node {node} =", " + ".join(f"{operation}({source})" for operation, source in cell_edges))
         console.print(table)
-    console.print(_pruning(summary["pruned"]), highlight=False)
+    console.print(_pruning(summary["pruned"]), highlight=False, soft_wrap=True)
     seconds = summary["step_seconds"]
     console.print(
         f"Time per search step: {1e3 * seconds['first']:.0f} ms before pruning, {1e3 * seconds['last']:.0f} ms at the "
         f"end ({seconds['first'] / seconds['last']:.2f}x); search {summary['search_seconds']:.0f} s",
         highlight=False,
+        soft_wrap=True,
     )
     size = f"{summary['parameters']:,} parameters, {summary['flops'] / 1e6:.1f} MFLOPs per image"
-    if summary["test_accuracy"] is None:
-        console.print(f"Derived network: {size}; not retrained", highlight=False)
-    else:
-        console.print(
-            f"Derived network, retrained: test accuracy {summary['test_accuracy']:.2%}, {size}", highlight=False
-        )
+    accuracy = summary["test_accuracy"]
+    retrained = "not retrained" if accuracy is None else f"retrained: test accuracy {accuracy:.2%}"
+    console.print(f"Derived network, {retrained}, {size}", highlight=False, soft_wrap=True)
     console.print(f"Run folder: {folder}\nReport:     {report}", highlight=False, soft_wrap=True)
 
 

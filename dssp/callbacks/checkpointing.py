@@ -16,7 +16,7 @@ class Checkpointing(Callback):
         self.folder, self.resume = folder, resume
 
     def fit_start(self, engine: Engine) -> None:
-        state = load_newest(self.folder, engine.task.name, engine.device) if self.resume else None
+        state = load_newest(self.folder, engine.task.name) if self.resume else None
         if state is not None:
             engine.load_state_dict(state)
 

@@ -84,20 +84,23 @@ class FactorizedReduce(nn.Module):
     H and W that are odd round up: the shifted half is padded with one row or column of zeros (DARTS fails there).
     """
 
+    # The pixels are picked before the convolutions, not by their stride: in channels_last the gradient of a strided 1x1
+    # convolution with fewer input channels than a vector holds writes out of bounds (oneDNN issue 6035).
+
     def __init__(self, c_in: int, c_out: int, affine: bool = True) -> None:
         super().__init__()
         self.relu = nn.ReLU()
-        self.conv_1 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(c_in, c_out - c_out // 2, 1, stride=2, bias=False)
+        self.conv_1 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
+        self.conv_2 = nn.Conv2d(c_in, c_out - c_out // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(x)
         odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
-        shifted = x[:, :, 1:, 1:]
+        shifted = x[:, :, 1::2, 1::2]
         if odd_height or odd_width:
             shifted = F.pad(shifted, (0, odd_width, 0, odd_height))
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+        return self.bn(torch.cat([self.conv_1(x[:, :, ::2, ::2]), self.conv_2(shifted)], dim=1))
 
 
 def _skip_connect(channels: int, stride: int, affine: bool) -> nn.Module:

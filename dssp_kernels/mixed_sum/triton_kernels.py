@@ -22,7 +22,7 @@ FINISH_ELEMENTS = 8192  # partial sums that the finishing kernel reads at a time
 FINISH_WARPS = 8
 # Candidates whose loads are in flight together, a power of two; in the backward pass also those that one program serves, so
 # that registers do not grow with K.
-GROUP = tl.constexpr(8)
+GROUP = 8
 
 
 def _block(itemsize: int, candidates: int) -> tuple[int, int]:
@@ -39,23 +39,15 @@ def _block(itemsize: int, candidates: int) -> tuple[int, int]:
 
 @triton.jit
 def _edge_factors(
-    alpha,
-    mask,
-    EDGE: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    K: tl.constexpr,
-    SHARED_MASK: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    ACC: tl.constexpr,
+    alpha, mask, edge, K: tl.constexpr, SHARED_MASK: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr
 ):
-    """The scalars gate * weight of candidates FIRST .. FIRST + COUNT of one edge, as a tuple."""
+    """The K scalars gate * weight of one edge, as a tuple."""
     weights = ()
     for k in tl.static_range(K):
-        weights = weights + (tl.load(alpha + EDGE * K + k).to(ACC),)
+        weights = weights + (tl.load(alpha + edge * K + k).to(ACC),)
     scale = tl.full([], 1.0, ACC)
     if mask is not None:
-        scale = 1.0 / (1.0 + tl.exp(-tl.load(mask + (0 if SHARED_MASK else EDGE)).to(ACC)))
+        scale = 1.0 / (1.0 + tl.exp(-tl.load(mask + (0 if SHARED_MASK else edge)).to(ACC)))
     if SOFTMAX:
         largest = weights[0]
         for k in tl.static_range(1, K):
@@ -68,7 +60,7 @@ def _edge_factors(
         weights = powers
         scale = scale / total
     factors = ()
-    for k in tl.static_range(FIRST, FIRST + COUNT):
+    for k in tl.static_range(K):
         factors = factors + (weights[k] * scale,)
     return factors
 
@@ -79,27 +71,28 @@ def _add_edge(
     outputs,
     alpha,
     mask,
+    edge,
     offsets,
     inside,
-    EDGE: tl.constexpr,
     K: tl.constexpr,
+    GROUP: tl.constexpr,
     SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
 ):
-    """total + sum_k gate * w_k * outputs[EDGE * K + k]."""
+    """total + sum_k gate * w_k * outputs[k]; outputs are the edge's own K."""
     factors = ()
     for first in tl.static_range(0, K, GROUP):
         inputs = ()
         for k in tl.static_range(first, min(first + GROUP, K)):
             x = total
-            if outputs[EDGE * K + k] is not None:
-                x = tl.load(outputs[EDGE * K + k] + offsets, mask=inside)  # [SIZE]
+            if outputs[k] is not None:
+                x = tl.load(outputs[k] + offsets, mask=inside)  # [SIZE]
             inputs = inputs + (x,)
         tl.debug_barrier()  # keeps these loads in flight together: the compiler would rather wait between them
         if first == 0:
-            factors = _edge_factors(alpha, mask, EDGE, 0, K, K, SHARED_MASK, SOFTMAX, total.dtype)
+            factors = _edge_factors(alpha, mask, edge, K, SHARED_MASK, SOFTMAX, total.dtype)
         for k in tl.static_range(first, min(first + GROUP, K)):
-            if outputs[EDGE * K + k] is not None:
+            if outputs[k] is not None:
                 total += factors[k] * inputs[k - first].to(total.dtype)
     return total
 
@@ -115,6 +108,7 @@ def _mix(
     end,
     E: tl.constexpr,
     K: tl.constexpr,
+    GROUP: tl.constexpr,
     SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     SIZE: tl.constexpr,
@@ -128,11 +122,16 @@ def _mix(
         for e in tl.static_range(E):
             flags = flags + (tl.load(active + e),)
     for e in tl.static_range(E):
+        edge = tl.full([], e, tl.int32)
         if active is None:
-            total = _add_edge(total, outputs, alpha, mask, offsets, inside, e, K, SHARED_MASK, SOFTMAX)
+            total = _add_edge(
+                total, outputs[e * K : e * K + K], alpha, mask, edge, offsets, inside, K, GROUP, SHARED_MASK, SOFTMAX
+            )
         else:
             if flags[e]:
-                total = _add_edge(total, outputs, alpha, mask, offsets, inside, e, K, SHARED_MASK, SOFTMAX)
+                total = _add_edge(
+                    total, outputs[e * K : e * K + K], alpha, mask, edge, offsets, inside, K, GROUP, SHARED_MASK, SOFTMAX
+                )
     tl.store(y + offsets, total.to(y.dtype.element_ty), mask=inside)  # [SIZE]
 
 
@@ -146,18 +145,21 @@ def mixed_sum_fwd_kernel(
     n,
     E: tl.constexpr,
     K: tl.constexpr,
+    GROUP: tl.constexpr,
     SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """y = sum_ek active[e] * sigmoid(mask[e]) * w[e, k] * outputs[e * K + k]; grid (blocks of whole vectors + rest)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     whole = (n // VECTOR).to(tl.int64) * VECTOR
-    if start < whole:
-        _mix(y, outputs, alpha, mask, active, start, whole, E, K, SHARED_MASK, SOFTMAX, BLOCK)
-    else:
-        _mix(y, outputs, alpha, mask, active, whole, n, E, K, SHARED_MASK, SOFTMAX, VECTOR)
+    if REST:
+        if start >= whole:
+            _mix(y, outputs, alpha, mask, active, whole, n, E, K, GROUP, SHARED_MASK, SOFTMAX, VECTOR)
+    # Without a rest there is one path only; with one, the rest's program finds nothing left here.
+    _mix(y, outputs, alpha, mask, active, start, whole, E, K, GROUP, SHARED_MASK, SOFTMAX, BLOCK)
 
 
 # ---- backward ----------------------------------------------------------------------------------------------------------
@@ -174,7 +176,6 @@ def _differentiate(
     start,
     end,
     DOTS: tl.constexpr,
-    FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
@@ -189,17 +190,17 @@ def _differentiate(
     inputs = ()
     for i in tl.static_range(COUNT):
         x = g
-        if outputs[FIRST + i] is not None:
-            x = tl.load(outputs[FIRST + i] + offsets, mask=readable, other=0.0)  # [SIZE]
+        if outputs[i] is not None:
+            x = tl.load(outputs[i] + offsets, mask=readable, other=0.0)  # [SIZE]
         inputs = inputs + (x,)
     g = g.to(ACC)
     sums = ()
     for i in tl.static_range(COUNT):
-        if grads[FIRST + i] is not None:
-            tl.store(grads[FIRST + i] + offsets, (factors[i] * g).to(grad.dtype.element_ty), mask=inside)  # [SIZE]
+        if grads[i] is not None:
+            tl.store(grads[i] + offsets, (factors[i] * g).to(grad.dtype.element_ty), mask=inside)  # [SIZE]
         if DOTS:
             dot = dots[i]
-            if outputs[FIRST + i] is not None:
+            if outputs[i] is not None:
                 dot += tl.sum(tl.reshape(g * inputs[i].to(ACC), [LANES, SIZE // LANES]), axis=1)
             sums = sums + (dot,)
     return sums
@@ -225,52 +226,32 @@ def _group_backward(
     outputs,
     grads,
     partials,
-    alpha,
-    mask,
-    active,
+    factors,
+    live,
     n,
-    EDGE: tl.constexpr,
-    FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SHARED_MASK: tl.constexpr,
-    SOFTMAX: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
+    REST: tl.constexpr,
 ):
-    """This program's share of candidates FIRST .. FIRST + COUNT of one edge.
-
-    An inactive edge reads nothing, writes zero gradients and zero partial sums.
-    """
-    ACC: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
+    """This program's share of a group of candidates; partials points to its WIDTH places."""
     LANES: tl.constexpr = BLOCK // VECTOR
     DOTS: tl.constexpr = partials is not None
     program = tl.program_id(1)
     programs = tl.num_programs(1)
-    factors = _edge_factors(alpha, mask, EDGE, FIRST, COUNT, K, SHARED_MASK, SOFTMAX, ACC)
-    live = None
-    if active is not None:
-        live = tl.load(active + EDGE)
-        kept = ()
-        for i in tl.static_range(COUNT):
-            kept = kept + (tl.where(live, factors[i], 0.0),)  # alpha may be NaN
-        factors = kept
     dots = ()
     if DOTS:
         for _ in tl.static_range(COUNT):
-            dots = dots + (tl.zeros([LANES], ACC),)
-    place: tl.constexpr = EDGE * K + FIRST
+            dots = dots + (tl.zeros([LANES], factors[0].dtype),)
     whole = (n // VECTOR).to(tl.int64) * VECTOR
     for start in range(program.to(tl.int64) * BLOCK, whole, programs * BLOCK):
-        dots = _differentiate(dots, grad, outputs, grads, factors, live, start, whole, DOTS, place, COUNT, BLOCK, LANES)
-    # The rest, shorter than one vector, is the last program's.
-    if whole + (programs - 1 - program) * VECTOR < n:
-        dots = _differentiate(dots, grad, outputs, grads, factors, live, whole, n, DOTS, place, COUNT, LANES, LANES)
+        dots = _differentiate(dots, grad, outputs, grads, factors, live, start, whole, DOTS, COUNT, BLOCK, LANES)
+    if REST:
+        if program == programs - 1:
+            dots = _differentiate(dots, grad, outputs, grads, factors, live, whole, n, DOTS, COUNT, LANES, LANES)
     if DOTS:
-        WIDTH: tl.constexpr = min(GROUP, COLUMNS)
-        row = partials + (EDGE * programs + program) * COLUMNS + FIRST
-        tl.store(row + tl.arange(0, WIDTH), _sum_each(dots, LANES, COUNT, WIDTH))  # [WIDTH]
+        tl.store(partials + tl.arange(0, WIDTH), _sum_each(dots, LANES, COUNT, WIDTH))  # [WIDTH]
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -285,37 +266,52 @@ def mixed_sum_bwd_kernel(
     n,
     E: tl.constexpr,
     K: tl.constexpr,
+    GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
     SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """grads[e*K + k] = factor[e, k] * grad, partials[e, program, k] = <grad, outputs[e*K + k]> over the program's share.
 
     Grid (E * groups of candidates, programs): those that read the same part of grad run together and share it in the cache.
+    An inactive edge reads nothing, writes zero gradients and zero partial sums.
     """
+    ACC: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    WIDTH: tl.constexpr = min(GROUP, COLUMNS)
+    edge = tl.program_id(0) // GROUPS
+    factors = _edge_factors(alpha, mask, edge, K, SHARED_MASK, SOFTMAX, ACC)
+    live = None
+    if active is not None:
+        live = tl.load(active + edge)
+        kept = ()
+        for k in tl.static_range(K):
+            kept = kept + (tl.where(live, factors[k], 0.0),)  # alpha may be NaN
+        factors = kept
     for i in tl.static_range(E * GROUPS):
         if tl.program_id(0) == i:
+            first: tl.constexpr = i % GROUPS * GROUP
+            place: tl.constexpr = i // GROUPS * K + first
+            count: tl.constexpr = min(GROUP, K - first)
+            row = None
+            if partials is not None:
+                row = partials + (edge * tl.num_programs(1) + tl.program_id(1)) * COLUMNS + first
             _group_backward(
                 grad,
-                outputs,
-                grads,
-                partials,
-                alpha,
-                mask,
-                active,
+                outputs[place : place + count],
+                grads[place : place + count],
+                row,
+                factors[first : first + count],
+                live,
                 n,
-                i // GROUPS,
-                i % GROUPS * GROUP,
-                min(GROUP, K - i % GROUPS * GROUP),
-                K,
-                COLUMNS,
-                SHARED_MASK,
-                SOFTMAX,
+                count,
+                WIDTH,
                 BLOCK,
                 VECTOR,
+                REST,
             )
 
 
@@ -330,6 +326,7 @@ def mixed_sum_bwd_finish_kernel(
     programs,
     E: tl.constexpr,
     K: tl.constexpr,
+    GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     SHARED_MASK: tl.constexpr,
@@ -397,10 +394,12 @@ def mixed_sum_forward(
             n,
             E=edges,
             K=candidates,
+            GROUP=GROUP,
             SHARED_MASK=mask is not None and mask.numel() < edges,
             SOFTMAX=softmax,
             BLOCK=block,
             VECTOR=vector,
+            REST=n % vector > 0,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,  # Triton's default is about to change
         )
@@ -437,7 +436,7 @@ def mixed_sum_backward(
         if needs_parameter_grad:
             dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
             partials = torch.empty((edges, programs, columns), dtype=dtype, device=grad.device)
-        mixed_sum_bwd_kernel[(edges * triton.cdiv(candidates, GROUP.value), programs)](
+        mixed_sum_bwd_kernel[(edges * triton.cdiv(candidates, GROUP), programs)](
             grad,
             tuple(outputs) if needs_parameter_grad else (None,) * len(outputs),
             tuple(grads),
@@ -448,11 +447,13 @@ def mixed_sum_backward(
             n,
             E=edges,
             K=candidates,
+            GROUP=GROUP,
             COLUMNS=columns,
             SHARED_MASK=shared_mask,
             SOFTMAX=softmax,
             BLOCK=block,
             VECTOR=vector,
+            REST=n % vector > 0,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
@@ -467,6 +468,7 @@ def mixed_sum_backward(
                 programs,
                 E=edges,
                 K=candidates,
+                GROUP=GROUP,
                 COLUMNS=columns,
                 ROWS=max(1, min(PROGRAMS, FINISH_ELEMENTS // columns)),
                 SHARED_MASK=shared_mask,

@@ -66,7 +66,7 @@ def mixture(
 
 
 def run(mix: Mix, m: Mixture) -> list[Tensor]:
-    """The result and the gradients of alpha, mask and every entry, by ``mix(outputs, alpha, mask, relaxation=, active=)``."""
+    """The result and the gradients of alpha, mask and every entry, by a function with mixed_sum's arguments."""
     alpha, mask = m.alpha.detach().requires_grad_(), None if m.mask is None else m.mask.detach().requires_grad_()
     outputs = [None if output is None else output.detach().requires_grad_() for output in m.outputs]
     y = mix(outputs, alpha, mask, relaxation=m.relaxation, active=m.active)

@@ -1,0 +1,1 @@
+"""A depthwise convolution with the leading ReLU inside: y = conv2d(relu(x), weight, groups=C)."""

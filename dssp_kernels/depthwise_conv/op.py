@@ -1,0 +1,268 @@
+"""depthwise_conv2d: the public function, its argument checks, the autograd.Function and the registered operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dssp_kernels.backend import WHY_NO_CPU_KERNELS, implementation_for
+from dssp_kernels.depthwise_conv.reference import depthwise_conv2d_reference
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    relu: bool = False,
+) -> Tensor:
+    """A filter per channel, after a ReLU if asked for: the first half of DARTS' separable and dilated convolutions.
+
+        y = conv2d(relu(x) if relu else x, weight, groups=C)
+
+    relu(x) never exists in memory, neither forward nor for the backward pass.
+
+    Args:
+        x: [B, C, H, W], float16, bfloat16, float32 or float64; any memory layout, gaps and overlaps included.
+        weight: [C, 1, kh, kw], of x's dtype and device.
+        stride, padding, dilation: an integer for both dimensions or a pair (rows, columns).
+        relu: whether x passes through a ReLU first.
+
+    Returns:
+        [B, C, H', W'] of x's dtype, with H' = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1, W' likewise;
+        channels_last if the channels of x lie innermost in memory, else contiguous. Under autocast the inputs are cast
+        as those of torch.nn.functional.conv2d.
+
+    Differentiable twice with respect to x and weight. On CPU tensors the C++ kernels run: sums in float32 (float64 for
+    float64), bit-reproducible on any number of threads, fastest on channels_last. CUDA tensors go through
+    torch.nn.functional.conv2d (there is no Triton kernel for this operator yet).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+        RuntimeError: the backend asked for with set_backend() cannot run on this device.
+    """
+    _check_tensors(x, weight)
+    strides = _pair("stride", stride, 1)
+    paddings = _pair("padding", padding, 0)
+    dilations = _pair("dilation", dilation, 1)
+    _check_output_size(x, weight, strides, paddings, dilations)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x, weight = _autocast(x), _autocast(weight)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"weight: expected x's dtype {x.dtype}, got {weight.dtype}")
+    if device == "meta" or implementation_for(x.device) != "cpu":
+        return depthwise_conv2d_reference(x, weight, strides, paddings, dilations, relu)
+    return _DepthwiseConv2d.apply(x, weight, strides, paddings, dilations, relu)
+
+
+# ---- argument checks -------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(x: Tensor, weight: Tensor) -> None:
+    for name, value, shape in (("x", x, "[B, C, H, W]"), ("weight", weight, "[C, 1, kh, kw]")):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+        if value.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions {shape}, got shape {list(value.shape)}")
+    channels = x.shape[1]
+    if channels == 0:
+        raise ValueError(f"x: expected at least one channel, got shape {list(x.shape)}")
+    if weight.shape[0] != channels or weight.shape[1] != 1 or weight.shape[2] == 0 or weight.shape[3] == 0:
+        raise ValueError(f"weight: expected shape [C, 1, kh, kw] with C = {channels} as in x, got {list(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected x's device {x.device}, got {weight.device}")
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(entry, int) for entry in pair):
+        raise TypeError(f"{name}: expected an integer or a pair of integers, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+    return pair[0], pair[1]
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _check_output_size(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    for dim in (0, 1):
+        if _output_size(x.shape[2 + dim], weight.shape[2 + dim], stride[dim], padding[dim], dilation[dim]) < 1:
+            raise ValueError(
+                f"x: expected an image no smaller than the kernel, got {list(x.shape[2:])} for a kernel of "
+                f"{list(weight.shape[2:])} with padding {list(padding)} and dilation {list(dilation)}"
+            )
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """The tensor as torch.nn.functional.conv2d would take it under autocast."""
+    return tensor if tensor.dtype is torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _DepthwiseConv2d(torch.autograd.Function):
+    """Saves x as it came: the ReLU's mask is read off it in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        relu: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.arguments = (stride, padding, dilation, relu)
+        return torch.ops.dssp_kernels.depthwise_conv2d_forward(x, weight, *ctx.arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_differentiable_gradients(ctx, grad), None, None, None, None
+        x, weight = ctx.saved_tensors
+        d_x, d_weight = torch.ops.dssp_kernels.depthwise_conv2d_backward(
+            grad, x, weight, *ctx.arguments, needs_input, needs_weight
+        )
+        return d_x if needs_input else None, d_weight if needs_weight else None, None, None, None, None
+
+
+def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Gradients for (x, weight) that can be differentiated again: autograd on the reference formula.
+
+    Fresh views stand for the inputs, so that a weight computed from x does not count twice.
+    """
+    needed = ctx.needs_input_grad[:2]
+    inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+    y = depthwise_conv2d_reference(*inputs, *ctx.arguments)
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needed]
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("dssp_kernels", "FRAGMENT")
+_library.define(
+    "depthwise_conv2d_forward(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, bool relu) "
+    "-> Tensor",
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
+_library.define(
+    "depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool relu, bool needs_input_grad, bool needs_weight_grad) -> (Tensor, Tensor)",
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
+
+
+def _layout_of(x: Tensor) -> torch.memory_format:
+    """channels_last if the channels of x lie innermost in memory, else contiguous."""
+    return torch.channels_last if x.stride(1) == 1 and x.stride(3) != 1 else torch.contiguous_format
+
+
+@torch.library.register_fake("dssp_kernels::depthwise_conv2d_forward", lib=_library)
+def _forward_fake(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], relu: bool
+) -> Tensor:
+    size = [_output_size(x.shape[2 + d], weight.shape[2 + d], stride[d], padding[d], dilation[d]) for d in (0, 1)]
+    return torch.empty((x.shape[0], x.shape[1], *size), dtype=x.dtype, device=x.device, memory_format=_layout_of(x))
+
+
+@torch.library.register_fake("dssp_kernels::depthwise_conv2d_backward", lib=_library)
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    relu: bool,
+    needs_input_grad: bool,
+    needs_weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout_of(x))
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return d_x if needs_input_grad else x.new_empty(0), d_weight if needs_weight_grad else x.new_empty(0)
+
+
+def _reference_forward(x: Tensor, *arguments: Any) -> Tensor:
+    """The registered forward where no kernels are there."""
+    return depthwise_conv2d_reference(x, *arguments).contiguous(memory_format=_layout_of(x))
+
+
+def _reference_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    relu: bool,
+    needs_input_grad: bool,
+    needs_weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """The registered backward where no kernels are there: autograd on the reference formula."""
+    with torch.enable_grad():
+        inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = depthwise_conv2d_reference(*inputs, stride, padding, dilation, relu)
+        d_x, d_weight = torch.autograd.grad(y, inputs, grad)
+    d_x = d_x.contiguous(memory_format=_layout_of(x)) if needs_input_grad else x.new_empty(0)
+    return d_x, d_weight.contiguous() if needs_weight_grad else x.new_empty(0)
+
+
+for _key in ("CUDA",) if WHY_NO_CPU_KERNELS is None else ("CPU", "CUDA"):
+    _library.impl("depthwise_conv2d_forward", _reference_forward, _key)
+    _library.impl("depthwise_conv2d_backward", _reference_backward, _key)
+
+
+def _multiply_adds(x_shape: Any, weight_shape: Any, stride: Any, padding: Any, dilation: Any) -> int:
+    rows, columns = (
+        _output_size(x_shape[2 + d], weight_shape[2 + d], stride[d], padding[d], dilation[d]) for d in (0, 1)
+    )
+    return x_shape[0] * rows * columns * torch.Size(weight_shape).numel()
+
+
+@register_flop_formula(torch.ops.dssp_kernels.depthwise_conv2d_forward)
+def _forward_flops(
+    x_shape: Any, weight_shape: Any, stride: Any, padding: Any, dilation: Any, _relu: bool, **_keywords: Any
+) -> int:
+    """A multiplication and an addition per output element and tap, as torch counts a convolution."""
+    return 2 * _multiply_adds(x_shape, weight_shape, stride, padding, dilation)
+
+
+@register_flop_formula(torch.ops.dssp_kernels.depthwise_conv2d_backward)
+def _backward_flops(
+    _grad_shape: Any,
+    x_shape: Any,
+    weight_shape: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    _relu: bool,
+    needs_input_grad: bool,
+    needs_weight_grad: bool,
+    **_keywords: Any,
+) -> int:
+    """For each gradient asked for, as many as the forward pass."""
+    passes = needs_input_grad + needs_weight_grad
+    return 2 * passes * _multiply_adds(x_shape, weight_shape, stride, padding, dilation)

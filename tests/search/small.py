@@ -1,0 +1,48 @@
+"""Searches small enough for tests: fake images of 8x8, three cells, 48 images in each half."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from dssp.bilevel import BilevelSearch
+from dssp.config import SearchConfig
+from dssp.data import DataSet, load_data
+from dssp.search import build_supernet
+from dssp.spaces import DARTS, CellSpace
+from dssp.supernet import Supernet
+
+BATCH = 24
+
+
+@cache
+def small_data() -> DataSet:
+    """The fake data set, cut to 48 images in each split."""
+    data = load_data("fake", image_size=8)
+    names = ("train", "valid", "train_valid", "test")
+    return replace(data, **{n: replace(getattr(data, n), indices=getattr(data, n).indices[:48]) for n in names})
+
+
+def small_search(**settings: Any) -> BilevelSearch:
+    """A search over two-node cells, two steps per epoch."""
+    sizes = {"channels": 2, "cells": 3, "nodes": 2, "epochs": 4, "warmup_epochs": 1, "batch_size": BATCH}
+    config = SearchConfig(dataset="fake", image_size=8, **{**sizes, **settings}).resolve()
+    return BilevelSearch(config, build_supernet(config, small_data(), torch.device("cpu")), small_data())
+
+
+def small_supernet(*, nodes: int = 3, gated: bool = True, light: bool = True, cells: int = 3) -> Supernet:
+    """A supernet of two classes; ``light``: only candidates without parameters at stride 1."""
+    operations = ("max_pool_3x3", "skip_connect") if light else tuple(n for n in DARTS.operations if n != "none")
+    space = CellSpace("darts", operations, nodes=nodes)
+    return Supernet(space, channels=2, cells=cells, classes=2, image_channels=1, gated=gated)
+
+
+def set_gates(supernet: Supernet, gates: list[float]) -> None:
+    """Give all edges, normal cells first, these gates."""
+    logits = torch.tensor(gates, dtype=torch.float64).logit()
+    with torch.no_grad():
+        for mask, part in zip(supernet.mask.values(), logits.chunk(2), strict=True):
+            mask.copy_(part)
