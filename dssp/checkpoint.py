@@ -18,7 +18,8 @@ KEEP = 2
 def save_checkpoint(folder: Path, name: str, epoch: int, state: dict[str, Any]) -> None:
     """Write ``<name>-<epoch>.pt`` and drop all but the newest two of that name."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{name}-{epoch:05d}.pt", lambda file: torch.save(state, file))
+    # By name, not through the open file: there torch answers a Ctrl-C with an error of its own.
+    write_atomically(folder / f"{name}-{epoch:05d}.pt", lambda file: torch.save(state, file.name))
     for old in sorted(folder.glob(f"{name}-*.pt"))[:-KEEP]:
         old.unlink()
 

@@ -91,6 +91,18 @@ def test_factorized_reduce_is_darts_formula_on_even_maps() -> None:
     torch.testing.assert_close(operation(x), operation.bn(torch.cat(halves, 1)))
 
 
+@pytest.mark.parametrize("channels", [2, 3, 6])
+def test_factorized_reduce_of_few_channels_has_the_right_gradients_in_channels_last(channels: int) -> None:
+    operation = FactorizedReduce(channels, 6)  # a strided convolution corrupts memory here (oneDNN issue 6035)
+    x, direction = torch.randn(64, channels, 8, 8), torch.randn(64, 6, 4, 4)
+    (expected,) = torch.autograd.grad(operation(x), operation.conv_1.weight, direction)
+    for _ in range(20):
+        (found,) = torch.autograd.grad(
+            operation(x.to(memory_format=torch.channels_last)), operation.conv_1.weight, direction
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_relu_conv_bn_starts_with_relu_and_leaves_its_input_alone() -> None:
     x = batch()
     before = x.clone()

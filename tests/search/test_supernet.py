@@ -129,6 +129,7 @@ class StockNetwork(nn.Module):
 # ---- claims ----------------------------------------------------------------------------------------------------------
 
 SPACE = CellSpace("darts", DARTS.operations, nodes=2)
+FEW = CellSpace("few", ("max_pool_3x3", "skip_connect", "dil_conv_3x3"), nodes=2)
 
 
 def batch(channels: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -136,13 +137,19 @@ def batch(channels: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor
     return torch.randn(4, channels, 8, 8, generator=generator, dtype=dtype), torch.tensor([0, 1, 1, 0])
 
 
-def twins(*, gated: bool, cells: int = 4) -> tuple[Supernet, StockNetwork]:
-    """A supernet with random alpha and masks in float64, and DARTS' with the same weights."""
+def random_supernet(*, gated: bool = True, space: CellSpace = SPACE) -> Supernet:
+    """Four cells with random alpha and masks in float64."""
     torch.manual_seed(0)
-    supernet = Supernet(SPACE, channels=2, cells=cells, classes=5, gated=gated).double()
+    supernet = Supernet(space, channels=2, cells=4, classes=5, gated=gated).double()
     for parameter in supernet.architecture_parameters():
         nn.init.normal_(parameter)
-    stock = StockNetwork(SPACE, 2, cells, 5).double()
+    return supernet
+
+
+def twins(*, gated: bool) -> tuple[Supernet, StockNetwork]:
+    """A supernet and DARTS' with the same weights."""
+    supernet = random_supernet(gated=gated)
+    stock = StockNetwork(SPACE, 2, 4, 5).double()
     weights = {k: v for k, v in supernet.state_dict().items() if not k.startswith(("alpha.", "mask."))}
     stock.load_state_dict(weights, strict=True)
     return supernet, stock
@@ -200,7 +207,7 @@ def test_edge_has_one_mixed_op_in_every_cell_of_its_type() -> None:
 
 @pytest.mark.parametrize("edge", ["normal:1->2", "reduce:0->3", "reduce:2->3"])
 def test_removed_edge_is_an_edge_whose_gate_is_zero(edge: str) -> None:
-    supernet, _ = twins(gated=True)
+    supernet = random_supernet(space=FEW)
     masked, (images, labels) = copy.deepcopy(supernet), batch()
     cell_type, position = masked.locate(edge)
     with torch.no_grad():
@@ -257,11 +264,13 @@ def test_supernet_without_masks_has_no_penalty() -> None:
 def test_weights_and_architecture_parameters_are_all_parameters() -> None:
     supernet = small_supernet(light=False)
     parts = [*supernet.weights(), *supernet.architecture_parameters()]
-    assert {id(p) for p in parts} == {id(p) for p in supernet.parameters()} and len(parts) == len({id(p) for p in parts})
+    assert {id(p) for p in parts} == {id(p) for p in supernet.parameters()} and len(parts) == len(
+        {id(p) for p in parts}
+    )
 
 
 def test_channels_last_changes_the_layout_and_not_the_result() -> None:
-    supernet, _ = twins(gated=True)
+    supernet = random_supernet(space=FEW)
     images, _ = batch()
     expected = supernet(images)
     kept = []

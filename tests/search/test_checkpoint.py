@@ -1,0 +1,126 @@
+"""A checkpoint is there whole or not at all, and reading one executes nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dssp.checkpoint import load_newest, save_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+def state(epoch: int) -> dict[str, Any]:
+    return {"epoch": epoch, "weights": {"w": torch.full((40, 40), float(epoch))}, "history": [{"edge": "normal:0->2"}]}
+
+
+def stop(*_: object) -> None:
+    """What kill -9 does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledWhilePickled:
+    def __reduce__(self) -> Any:
+        stop()
+
+
+def killed_while_writing(folder: Path) -> None:
+    save_checkpoint(folder, "search", 2, {**state(2), "last": KilledWhilePickled()})
+
+
+def killed_before_moving(folder: Path) -> None:
+    sys.addaudithook(lambda event, arguments: stop() if event == "os.rename" else None)
+    save_checkpoint(folder, "search", 2, state(2))
+
+
+def killed_after_moving(folder: Path) -> None:
+    sys.addaudithook(lambda event, arguments: stop() if event == "os.remove" else None)
+    save_checkpoint(folder, "search", 2, state(2))
+
+
+def test_newest_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
+    for epoch in (1, 2, 9, 10, 11):
+        save_checkpoint(tmp_path / "new" / "folder", "search", epoch, state(epoch))
+    save_checkpoint(tmp_path / "new" / "folder", "retrain", 1, {"other": 1})
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
+        "retrain-00001.pt",
+        "search-00010.pt",
+        "search-00011.pt",
+    ]
+    found = load_newest(tmp_path / "new" / "folder", "search")
+    assert found is not None and found["epoch"] == 11 and found["history"] == state(0)["history"]
+    assert torch.equal(found["weights"]["w"], state(11)["weights"]["w"])
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert load_newest(tmp_path / "nowhere", "search") is None
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [(killed_while_writing, 1), (killed_before_moving, 1), (killed_after_moving, 2)],
+    ids=["while writing", "before moving", "after moving"],
+)
+def test_kill_between_stages_leaves_a_whole_checkpoint(
+    tmp_path: Path, work: Callable[[Path], None], expected: int
+) -> None:
+    save_checkpoint(tmp_path, "search", 1, state(1))
+    child = multiprocessing.get_context("fork").Process(target=work, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing half written is even looked at
+        found = load_newest(tmp_path, "search")
+    assert found is not None and found["epoch"] == expected
+
+
+def flipped(data: bytes) -> bytes:
+    middle = data.index(torch.full((4,), 2.0).numpy().tobytes()) + 8
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d[:-1],
+        lambda d: d[: len(d) // 2],
+        lambda d: b"",
+        lambda d: bytes(len(d)),
+        lambda d: b"x" * 99,
+        flipped,
+    ],
+    ids=["one byte short", "half", "empty", "zeros", "text", "one bit of a weight flipped"],
+)
+def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, "search", epoch, state(epoch))
+    newest = tmp_path / "search-00002.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    with pytest.warns(RuntimeWarning, match=r"search-00002.pt: damaged checkpoint skipped"):
+        found = load_newest(tmp_path, "search")
+    assert found is not None and found["epoch"] == 1
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_reading_executes_nothing(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "search", 1, {"x": Malicious(tmp_path / "executed")})
+    with pytest.warns(RuntimeWarning, match="damaged checkpoint skipped"):
+        assert load_newest(tmp_path, "search") is None
+    assert not (tmp_path / "executed").exists()
