@@ -9,14 +9,29 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dssp_kernels.mixed_sum.op import RELAXATIONS, mixed_sum
+from dssp_kernels.arguments import RELAXATIONS
+from dssp_kernels.backend import implementation_for
+from dssp_kernels.batch_norm_mixed_sum.op import batch_norm_mixed_sum
+from dssp_kernels.folding import Parts, describe, norms_shared, parts_of
+from dssp_kernels.mixed_sum.op import mixed_sum
+
+Candidates = tuple[list[Tensor | None], list[nn.BatchNorm2d | None]]
+"""What the candidates give, and the norms that are still to be applied to it, or None."""
+
+
+def _mix(candidates: Candidates, training: bool, alpha: Tensor, mask: Tensor | None, relaxation: str) -> Tensor:
+    outputs, norms = candidates
+    if any(norm is not None for norm in norms):
+        return batch_norm_mixed_sum(outputs, alpha, mask, norms=norms, training=training, relaxation=relaxation)
+    return mixed_sum(outputs, alpha, mask, relaxation=relaxation)
 
 
 class FusedMixedEdge(nn.Module):
     """One edge of a supernet: sigmoid(mask) * sum_k softmax(alpha)_k * ops[k](x), mixed in one kernel.
 
     Replaces DARTS' MixedOp (Liu et al. 2019, eq. 2). The candidates live in ``_ops`` as they do there, so checkpoints
-    of the candidates load both ways.
+    of the candidates load both ways. A BatchNorm2d that a candidate ends in is computed inside the mix wherever that is
+    certain to be the same (see dssp_kernels.folding); repr() tells which candidates that leaves out, and why.
 
     Args:
         ops: the K candidate operations. None, or a module that returns None, is the zero op.
@@ -53,6 +68,7 @@ class FusedMixedEdge(nn.Module):
                 )
         self.relaxation = relaxation
         self.candidates = len(self._ops)
+        self._norm_is_shared = norms_shared(self._ops)
         self.alpha = (
             nn.Parameter(1e-3 * torch.randn(self.candidates)) if alpha is None else None if alpha is False else alpha
         )
@@ -83,11 +99,25 @@ class FusedMixedEdge(nn.Module):
             self._removed = _without_data(self._ops)
             self._ops = nn.ModuleList()
 
-    def candidate_outputs(self, x: Tensor) -> list[Tensor | None]:
-        """What the candidates make of x: K entries, all None when the edge is pruned."""
+    def candidate_outputs(self, x: Tensor, training: bool) -> Candidates:
+        """What the candidates make of x, and the norms left to the mix: K entries each, all None when pruned.
+
+        Norms in another mode than the one given are applied at once (frozen ones, say), and all where no kernel would.
+        """
         if self._pruned:
-            return [None] * self.candidates
-        return [None if op is None else op(x) for op in self._ops]
+            return [None] * self.candidates, [None] * self.candidates
+        folds = implementation_for(x.device) == "cpu"
+        outputs: list[Tensor | None] = []
+        norms: list[nn.BatchNorm2d | None] = []
+        for op, is_shared in zip(self._ops, self._norm_is_shared, strict=True):
+            parts = parts_of(op) if folds and not is_shared else ""
+            if isinstance(parts, Parts) and parts.norm.training == training:
+                outputs.append(parts.before_norm(x))
+                norms.append(parts.norm)
+            else:
+                outputs.append(None if op is None else op(x))
+                norms.append(None)
+        return outputs, norms
 
     def forward(self, x: Tensor, alpha: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Mix the candidates' outputs; alpha [K] and mask [1] default to the edge's own."""
@@ -97,7 +127,7 @@ class FusedMixedEdge(nn.Module):
         if alpha is None:
             raise ValueError("alpha: this edge owns none (alpha=False), expected a tensor [K] in forward()")
         mask = self.mask if mask is None else mask
-        return mixed_sum(self.candidate_outputs(x), alpha, mask, relaxation=self.relaxation)
+        return _mix(self.candidate_outputs(x, self.training), self.training, alpha, mask, self.relaxation)
 
     def zero_output(self, x: Tensor) -> Tensor:
         """Zeros in the shape the candidates would give for x, found once per shape on copies without data."""
@@ -119,7 +149,8 @@ class FusedMixedEdge(nn.Module):
     def extra_repr(self) -> str:
         """What repr() shows besides the candidates."""
         gate = "no gate" if self.mask is None else "gated"
-        return f"candidates={self.candidates}, {self.relaxation}, {gate}{', pruned' if self._pruned else ''}"
+        text = f"candidates={self.candidates}, {self.relaxation}, {gate}{', pruned' if self._pruned else ''}"
+        return text if self._removed else f"{text}; {describe(self._ops, self._norm_is_shared)}"
 
 
 def _without_data(ops: Iterable[nn.Module | None]) -> list[nn.Module | None]:
@@ -156,9 +187,13 @@ class FusedMixedNode(nn.Module):
         """Sum over the edges; ``states[e]`` enters edge e. alpha [E, K] and mask [E] default to the edges' own."""
         if len(states) != len(self.edges):
             raise ValueError(f"states: expected one tensor per edge ({len(self.edges)}), got {len(states)}")
+        training = self.edges[0].training  # of the edges: the node itself may be a mere grouping of them
         outputs: list[Tensor | None] = []
+        norms: list[nn.BatchNorm2d | None] = []
         for edge, state in zip(self.edges, states, strict=True):
-            outputs += edge.candidate_outputs(state)  # type: ignore[operator]  # ModuleList yields Module
+            edge_outputs, edge_norms = edge.candidate_outputs(state, training)  # type: ignore[operator]  # yields Module
+            outputs += edge_outputs
+            norms += edge_norms
         if all(output is None for output in outputs):
             return self.edges[0].zero_output(states[0])  # type: ignore[operator]
         if alpha is None:
@@ -167,7 +202,7 @@ class FusedMixedNode(nn.Module):
             alpha = torch.stack([edge.alpha for edge in self.edges])  # type: ignore[misc]
         if mask is None and self.edges[0].mask is not None:
             mask = torch.cat([edge.mask.reshape(1) for edge in self.edges])  # type: ignore[operator]
-        return mixed_sum(outputs, alpha, mask, relaxation=self.relaxation)
+        return _mix((outputs, norms), training, alpha, mask, self.relaxation)
 
 
 class PruningMask(nn.Module):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
+
+BodyAndNorm = tuple[Sequence[Callable[[Tensor], Tensor]], nn.Module]
+"""What an operation does before its last BatchNorm2d, and that: what dssp_kernels.folding asks for."""
 
 
 class ReLUConvBN(nn.Module):
@@ -24,6 +27,10 @@ class ReLUConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
+
+    def body_and_norm(self) -> BodyAndNorm:
+        *body, norm = self.op
+        return body, norm
 
 
 class DilConv(nn.Module):
@@ -42,6 +49,10 @@ class DilConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
+
+    def body_and_norm(self) -> BodyAndNorm:
+        *body, norm = self.op
+        return body, norm
 
 
 class SepConv(nn.Module):
@@ -62,6 +73,10 @@ class SepConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
+
+    def body_and_norm(self) -> BodyAndNorm:
+        *body, norm = self.op
+        return body, norm
 
 
 class Identity(nn.Module):
@@ -95,12 +110,18 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self._halves(x))
+
+    def body_and_norm(self) -> BodyAndNorm:
+        return [self._halves], self.bn
+
+    def _halves(self, x: Tensor) -> Tensor:
         x = self.relu(x)
         odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
         shifted = x[:, :, 1::2, 1::2]
         if odd_height or odd_width:
             shifted = F.pad(shifted, (0, odd_width, 0, odd_height))
-        return self.bn(torch.cat([self.conv_1(x[:, :, ::2, ::2]), self.conv_2(shifted)], dim=1))
+        return torch.cat([self.conv_1(x[:, :, ::2, ::2]), self.conv_2(shifted)], dim=1)
 
 
 def _skip_connect(channels: int, stride: int, affine: bool) -> nn.Module:

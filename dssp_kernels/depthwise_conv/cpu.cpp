@@ -1,7 +1,7 @@
 // depthwise_conv2d on the CPU: y = conv2d(relu(x), weight, groups = C) and its gradients, vectorised over channels.
 //
-// Every pass keeps a ring of padded source rows in the first-level cache: widened to the type of the sums, rectified,
-// channels in groups of one vector. There the taps are plain multiply-adds without bounds checks or conversions,
+// Every pass keeps a ring of padded source rows in the nearest cache: widened to the type of the sums, rectified,
+// channels in groups of one vector. On it the taps are plain multiply-adds without bounds checks or conversions,
 // whatever the kernel size, stride, dilation, storage type and memory layout of the tensors.
 //
 // Registered for the CPU key through the LibTorch stable ABI (torch >= 2.10); op.py has checked the arguments.
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <numeric>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../cpu_vectors.h"
@@ -24,7 +25,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Pair = std::vector<int64_t>;
 
-constexpr int64_t kRingBytes = 24 * 1024;  // a ring of rows leaves room in the first-level cache for weights and outputs
+constexpr int64_t kRingBytes = 64 * 1024;  // two rings of rows stay in the nearest caches
 constexpr int64_t kGrain = 16 * 1024;      // vector multiply-adds below which a second thread costs more than it brings
 constexpr int64_t kMaxParts = 64;          // partial sums of the weight gradient, however many threads there are
 
@@ -41,7 +42,7 @@ void with_storage(ScalarType type, Use use) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- geometry ------------------------------------------------------------------------------------------------------
+// ---- geometry ----------------------------------------------------------------------------------------------------
 
 // One spatial axis: output o reads the inputs o * stride + tap * dilation - padding that exist.
 struct Axis {
@@ -75,7 +76,7 @@ Reads forward_reads(const Axis& axis, int64_t o) {
   return {0, axis.taps, 1, o * axis.stride - axis.padding, axis.dilation};
 }
 
-// Input i of the convolution gets its gradient from the outputs (i + padding - tap * dilation) / stride that are whole.
+// Input i gets its gradient from those outputs (i + padding - tap * dilation) / stride that are whole numbers.
 Reads backward_reads(const Axis& axis, int64_t i) {
   const int64_t step = axis.stride / std::gcd(axis.stride, axis.dilation);
   for (int64_t tap = 0; tap < std::min(step, axis.taps); ++tap) {
@@ -114,190 +115,272 @@ struct ChannelBlock {
   int64_t first, channels, vectors;
 };
 
-// ---- the ring of source rows ---------------------------------------------------------------------------------------
-
 template <typename Scalar>
 using Sum = typename Lanes<Scalar>::Sum;
 template <typename Scalar>
 using Vector = typename Lanes<Scalar>::Vector;
+
+// ---- rows in and out: tensors <-> [vector][column][lane] of sums -------------------------------------------------
+
+// One row of one image and channel block in a tensor, and where its vectors lie as sums.
+template <typename Scalar, typename S>
+struct Row {
+  Scalar* pixels;
+  int64_t channel, column, channels, columns;  // strides, then sizes
+  S* sums;
+  int64_t vector;  // distance of one vector's columns from the next one's
+};
 
 template <typename V>
 DSSP_INLINE V rectified(V value) {  // NaN stays NaN
   return value < 0 ? V{} : value;
 }
 
-// Up to a vector of channels of one pixel, in any layout.
 template <typename Scalar>
-DSSP_INLINE Vector<Scalar> load_channels(const Scalar* from, int64_t channel_stride, int64_t count) {
-  if (channel_stride == 1) return load_first(from, count);
-  Scalar gathered[Lanes<Scalar>::width] = {};
-  for (int64_t lane = 0; lane < count; ++lane) gathered[lane] = from[lane * channel_stride];
-  return Lanes<Scalar>::load(gathered);
+DSSP_INLINE Sum<Scalar> widened(Scalar value) {
+  if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) return value;
+  return load_first(&value, 1)[0];
 }
 
 template <typename Scalar>
-DSSP_INLINE void store_channels(Scalar* to, int64_t channel_stride, Vector<Scalar> value, int64_t count) {
-  if (channel_stride == 1) return store_first(to, value, count);
-  Scalar gathered[Lanes<Scalar>::width];
-  Lanes<Scalar>::store(gathered, value);
-  for (int64_t lane = 0; lane < count; ++lane) to[lane * channel_stride] = gathered[lane];
+DSSP_INLINE Scalar narrowed(Sum<Scalar> value) {
+  if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) return value;
+  Scalar result;
+  store_first(&result, Vector<Scalar>{value}, 1);
+  return result;
 }
 
-// Rows of one image and channel block as [vector][slot][left zeros, columns, right zeros][lane]; row r in slot r % slots.
+// sums = relu(pixels), or pixels. `ahead`: distance to the pixels wanted next, fetched from memory meanwhile.
 template <typename Scalar>
-struct RowRing {
-  Images<const Scalar> source;
-  int64_t columns, left, row_size, slots, image = 0, next = 0;
-  bool relu;
-  ChannelBlock block = {};
-  std::vector<Sum<Scalar>> storage;
-  Sum<Scalar>* data;
-
-  RowRing(Images<const Scalar> source, int64_t columns, int64_t left, int64_t right, int64_t slots, int64_t vectors, bool relu)
-      : source(source), columns(columns), left(left), row_size((left + columns + right) * Lanes<Scalar>::width), slots(slots),
-        relu(relu), storage(vectors * slots * row_size + 64 / sizeof(Sum<Scalar>)) {
-    const auto address = reinterpret_cast<uintptr_t>(storage.data());
-    data = storage.data() + ((64 - address % 64) % 64) / sizeof(Sum<Scalar>);
-  }
-
-  void start(int64_t image_, const ChannelBlock& block_) {
-    image = image_;
-    block = block_;
-    next = 0;
-  }
-
-  DSSP_INLINE Sum<Scalar>* vector(int64_t v) const { return data + v * slots * row_size; }
-  DSSP_INLINE int64_t offset(int64_t row) const { return row % slots * row_size + left * Lanes<Scalar>::width; }
-
-  // Make rows first..last available; rows come in ascending order.
-  DSSP_INLINE void load(int64_t first, int64_t last) {
-    for (next = std::max(next, first); next <= last; ++next) {
-      for (int64_t v = 0; v < block.vectors; ++v) load_row(v);
-    }
-  }
-
- private:
-  DSSP_INLINE void load_row(int64_t v) {
-    constexpr int64_t width = Lanes<Scalar>::width;
-    const Scalar* from = source.at(image, block.first + v * width, next, 0);
-    Sum<Scalar>* to = vector(v) + offset(next);
-    const int64_t count = std::min(width, block.channels - v * width);
-    const bool whole = source.channel == 1 && count == width;
-    for (int64_t w = 0; w < columns; ++w, from += source.column, to += width) {
-      const Vector<Scalar> value = whole ? Lanes<Scalar>::load(from) : load_channels(from, source.channel, count);
-      const Vector<Scalar> kept = relu ? rectified(value) : value;
-      std::memcpy(to, &kept, sizeof(kept));
-    }
-  }
-};
-
-// ---- the taps ------------------------------------------------------------------------------------------------------
-
-// Taps of one output row: for each kernel row that meets the image, where its source row and its weights start.
-struct TapRows {
-  std::vector<int64_t> sources, weights;
-  int64_t count = 0;
-
-  explicit TapRows(int64_t taps) : sources(taps), weights(taps) {}
-
-  template <typename Ring>
-  DSSP_INLINE void set(const Reads& reads, const Ring& ring, int64_t weight_row_size) {
-    count = reads.count;
-    for (int64_t i = 0; i < count; ++i) {
-      sources[i] = ring.offset(reads.source + i * reads.source_step);
-      weights[i] = (reads.first + i * reads.step) * weight_row_size;
-    }
-  }
-};
-
-// sums[j] = sum over taps of weight * source[column j]: outputs side by side keep every weight in a register.
-template <int kColumns, typename V, typename S>
-DSSP_INLINE void correlate(const S* source, const S* weights, const TapRows& rows, const Reads& columns, int64_t stride,
-                           V (&sums)[kColumns]) {
-  constexpr int64_t width = sizeof(V) / sizeof(S);
-  for (int j = 0; j < kColumns; ++j) sums[j] = V{};
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const S* from = source + rows.sources[i] + columns.source * width;
-    const S* weight = weights + rows.weights[i] + columns.first * width;
-    for (int64_t t = 0; t < columns.count; ++t) {
-      const V w = load_unaligned<V>(weight);
-#pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) sums[j] += w * load_unaligned<V>(from + j * stride * width);
-      from += columns.source_step * width;
-      weight += columns.step * width;
-    }
-  }
-}
-
-// gradients[tap] += sum_j grad[j] * source[column j], for every tap
-template <int kColumns, typename V, typename S>
-DSSP_INLINE void accumulate(const S* grad, const S* source, const TapRows& rows, const Reads& columns, int64_t stride,
-                            S* gradients) {
-  constexpr int64_t width = sizeof(V) / sizeof(S);
-  V g[kColumns];
-#pragma GCC unroll 8
-  for (int j = 0; j < kColumns; ++j) g[j] = load_unaligned<V>(grad + j * width);
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const S* from = source + rows.sources[i] + columns.source * width;
-    S* gradient = gradients + rows.weights[i];
-    for (int64_t t = 0; t < columns.count; ++t) {
-      V even = load_unaligned<V>(gradient), odd = {};
-#pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) {
-        V& sum = j % 2 ? odd : even;
-        sum += g[j] * load_unaligned<V>(from + j * stride * width);
+DSSP_INLINE void load_row(const Row<const Scalar, Sum<Scalar>>& row, bool relu, int64_t ahead) {
+  constexpr int64_t width = Lanes<Scalar>::width;
+  const int64_t channel = row.channel, column = row.column, columns = row.columns;
+  for (int64_t c = 0; c < row.channels; c += width) {
+    const Scalar* from = row.pixels + c * channel;
+    Sum<Scalar>* to = row.sums + c / width * row.vector;
+    const int64_t count = std::min(width, row.channels - c);
+    if (channel != 1 || count < width) {
+      for (int64_t lane = 0; lane < count; ++lane) {
+        for (int64_t j = 0; j < columns; ++j) {
+          const Sum<Scalar> value = widened(from[lane * channel + j * column]);
+          to[j * width + lane] = relu && value < 0 ? 0 : value;
+        }
       }
-      even += odd;
-      std::memcpy(gradient, &even, sizeof(V));
-      from += columns.source_step * width;
-      gradient += width;
+    } else if (relu) {
+      for (int64_t j = 0; j < columns; ++j) {
+        if (c == 0) __builtin_prefetch(from + j * column + ahead);
+        Lanes<Sum<Scalar>>::store(to + j * width, rectified(Lanes<Scalar>::load(from + j * column)));
+      }
+    } else {
+      for (int64_t j = 0; j < columns; ++j) {
+        if (c == 0) __builtin_prefetch(from + j * column + ahead);
+        Lanes<Sum<Scalar>>::store(to + j * width, Lanes<Scalar>::load(from + j * column));
+      }
     }
   }
 }
 
+template <typename Scalar>
+DSSP_INLINE void store_row(const Row<Scalar, const Sum<Scalar>>& row) {
+  constexpr int64_t width = Lanes<Scalar>::width;
+  const int64_t channel = row.channel, column = row.column, columns = row.columns;
+  for (int64_t c = 0; c < row.channels; c += width) {
+    const Sum<Scalar>* from = row.sums + c / width * row.vector;
+    Scalar* to = row.pixels + c * channel;
+    const int64_t count = std::min(width, row.channels - c);
+    if (channel != 1 || count < width) {
+      for (int64_t lane = 0; lane < count; ++lane) {
+        for (int64_t j = 0; j < columns; ++j) {
+          to[lane * channel + j * column] = narrowed<Scalar>(from[j * width + lane]);
+        }
+      }
+    } else {
+      for (int64_t j = 0; j < columns; ++j) {
+        Lanes<Scalar>::store(to + j * column, Lanes<Sum<Scalar>>::load(from + j * width));
+      }
+    }
+  }
+}
 
-// ---- one row of results --------------------------------------------------------------------------------------------
+// ---- rows of taps: from sums to sums -----------------------------------------------------------------------------
 
-// Columns begin, begin + 1, ... of a row, in groups of 8, 4, 2, 1: use(columns, begin) with a compile-time number of columns.
-template <int kColumns>
-struct Columns {
-  static constexpr int count = kColumns;
+// The kernel rows that meet the image at one output row: where each one's source row and weights start.
+struct TapRows {
+  const int64_t *sources, *weights;
+  int64_t count;
 };
 
-template <typename Use>
-DSSP_INLINE void in_groups(int64_t columns, Use use) {
-  int64_t j = 0;
-  for (; j + 8 <= columns; j += 8) use(Columns<8>{}, j);
-  if (columns & 4) use(Columns<4>{}, j), j += 4;
-  if (columns & 2) use(Columns<2>{}, j), j += 2;
-  if (columns & 1) use(Columns<1>{}, j);
+// One row of results from rows of sources: results[j] = sum over taps of weight * source[j * stride + ...]
+template <typename S>
+struct Correlation {
+  const S *source, *weights;
+  TapRows rows;
+  Reads taps;  // of the first column
+  int64_t stride, columns, vectors;
+  const S* rectified;  // null, or relu(x) where results are wanted: they are cleared where it is 0
+  S* results;
+  // distances between vectors, and between columns
+  int64_t source_vector, weight_vector, rectified_vector, result_vector, rectified_column, result_column;
+};
+
+// kColumns results side by side, so that every weight is loaded once for all of them. kTaps, kStride: 0 = any.
+template <int kColumns, int kTaps, int kStride, typename S>
+DSSP_INLINE void correlate_columns(const Correlation<S>& c, int64_t vector, int64_t column) {
+  using V = typename Lanes<S>::Vector;
+  constexpr int64_t width = Lanes<S>::width;
+  const int64_t stride = (kStride ? kStride : c.stride) * width, taps = kTaps ? kTaps : c.taps.count;
+  const int64_t source_step = c.taps.source_step * width, weight_step = c.taps.step * width;
+  const int64_t result_step = c.result_column, rectified_step = c.rectified_column, rows = c.rows.count;
+  const int64_t *row_sources = c.rows.sources, *row_weights = c.rows.weights;
+  const S* source = c.source + vector * c.source_vector + c.taps.source * width + column * stride;
+  const S* weights = c.weights + vector * c.weight_vector + c.taps.first * width;
+  V sums[kColumns];
+#pragma GCC unroll 8
+  for (int j = 0; j < kColumns; ++j) sums[j] = V{};
+  for (int64_t i = 0; i < rows; ++i) {
+    const S* from = source + row_sources[i];
+    const S* weight = weights + row_weights[i];
+#pragma GCC unroll 5
+    for (int64_t t = 0; t < taps; ++t) {
+      const V w = Lanes<S>::load(weight);
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) sums[j] += w * Lanes<S>::load(from + j * stride);
+      from += source_step;
+      weight += weight_step;
+    }
+  }
+  if (c.rectified) {
+    const S* x = c.rectified + vector * c.rectified_vector + column * rectified_step;
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) {  // the derivative of ReLU as in PyTorch: a NaN in x lets the gradient through
+      sums[j] = Lanes<S>::load(x + j * rectified_step) == 0 ? V{} : sums[j];
+    }
+  }
+  S* to = c.results + vector * c.result_vector + column * result_step;
+#pragma GCC unroll 8
+  for (int j = 0; j < kColumns; ++j) Lanes<S>::store(to + j * result_step, sums[j]);
 }
 
-template <typename Scalar, int kColumns>
-DSSP_INLINE void store_columns(const Vector<Scalar> (&values)[kColumns], Scalar* to, int64_t column_stride,
-                               int64_t channel_stride, int64_t count) {
-  if (channel_stride == 1 && count == Lanes<Scalar>::width) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kColumns; ++j) Lanes<Scalar>::store(to + j * column_stride, values[j]);
-  } else {
-    for (int j = 0; j < kColumns; ++j) store_channels(to + j * column_stride, channel_stride, values[j], count);
+template <int kTaps, int kStride, typename S>
+DSSP_INLINE void correlate_in_groups(const Correlation<S>& c) {
+  for (int64_t vector = 0; vector < c.vectors; ++vector) {
+    int64_t j = 0;
+    for (; j + 8 <= c.columns; j += 8) correlate_columns<8, kTaps, kStride>(c, vector, j);
+    if (c.columns & 4) correlate_columns<4, kTaps, kStride>(c, vector, j), j += 4;
+    if (c.columns & 2) correlate_columns<2, kTaps, kStride>(c, vector, j), j += 2;
+    if (c.columns & 1) correlate_columns<1, kTaps, kStride>(c, vector, j);
   }
 }
 
-// values = 0 where x <= 0: the derivative of ReLU as PyTorch has it (a NaN in x lets the gradient through).
-template <typename Scalar, int kColumns>
-DSSP_INLINE void clear_where_rectified(Vector<Scalar> (&values)[kColumns], const Scalar* x, int64_t column_stride,
-                                       int64_t channel_stride, int64_t count) {
-  const bool whole = channel_stride == 1 && count == Lanes<Scalar>::width;
+template <typename S>
+DSSP_INLINE void correlate(const Correlation<S>& c) {
+  if (c.stride == 1 && c.taps.count == 3) return correlate_in_groups<3, 1>(c);
+  if (c.stride == 1 && c.taps.count == 5) return correlate_in_groups<5, 1>(c);
+  if (c.stride == 1) return correlate_in_groups<0, 1>(c);
+  if (c.stride == 2) return correlate_in_groups<0, 2>(c);
+  return correlate_in_groups<0, 0>(c);
+}
+
+// One output row's share of the weight gradient: gradients[tap] += sum_j grad[j] * source[j * stride + tap * dilation]
+template <typename S>
+struct Contribution {
+  const S *grad, *source;
+  TapRows rows;
+  int64_t taps, stride, dilation, columns, vectors;
+  S* gradients;
+  int64_t grad_vector, source_vector, gradient_vector;  // distances between vectors
+};
+
+// kRows kernel rows of kTaps taps, their sums in registers.
+template <int kRows, int kTaps, int kDilation, typename S>
+DSSP_INLINE void contribute_rows(const Contribution<S>& c, int64_t vector, int64_t first_row) {
+  using V = typename Lanes<S>::Vector;
+  constexpr int64_t width = Lanes<S>::width;
+  const S* grad = c.grad + vector * c.grad_vector;
+  const S* from[kRows];
+  V sums[kRows][kTaps] = {};
 #pragma GCC unroll 8
-  for (int j = 0; j < kColumns; ++j) {
-    const Scalar* from = x + j * column_stride;
-    const Vector<Scalar> input = whole ? Lanes<Scalar>::load(from) : load_channels(from, channel_stride, count);
-    values[j] = input <= 0 ? Vector<Scalar>{} : values[j];
+  for (int r = 0; r < kRows; ++r) from[r] = c.source + vector * c.source_vector + c.rows.sources[first_row + r];
+  const int64_t columns = c.columns, stride = c.stride * width;
+  for (int64_t j = 0; j < columns; ++j) {
+    const V g = Lanes<S>::load(grad + j * width);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTaps; ++t) sums[r][t] += g * Lanes<S>::load(from[r] + t * kDilation * width);
+      from[r] += stride;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    S* to = c.gradients + vector * c.gradient_vector + c.rows.weights[first_row + r];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTaps; ++t) Lanes<S>::store(to + t * width, Lanes<S>::load(to + t * width) + sums[r][t]);
   }
 }
 
-// ---- bands of rows -------------------------------------------------------------------------------------------------
+// As many kernel rows at a time as 16 registers hold the sums of.
+template <int kTaps, int kDilation, typename S>
+DSSP_INLINE void contribute_taps(const Contribution<S>& c) {
+  constexpr int kRows = kTaps == 7 ? 2 : 3;
+  for (int64_t vector = 0; vector < c.vectors; ++vector) {
+    int64_t row = 0;
+    for (; row + kRows <= c.rows.count; row += kRows) contribute_rows<kRows, kTaps, kDilation>(c, vector, row);
+    if (row + 2 <= c.rows.count) contribute_rows<2, kTaps, kDilation>(c, vector, row), row += 2;
+    if (row < c.rows.count) contribute_rows<1, kTaps, kDilation>(c, vector, row);
+  }
+}
+
+// Any kernel: a tap at a time.
+template <typename S>
+DSSP_INLINE void contribute_any(const Contribution<S>& c) {
+  using V = typename Lanes<S>::Vector;
+  constexpr int64_t width = Lanes<S>::width;
+  for (int64_t vector = 0; vector < c.vectors; ++vector) {
+    const S* grad = c.grad + vector * c.grad_vector;
+    for (int64_t i = 0; i < c.rows.count * c.taps; ++i) {
+      const int64_t row = i / c.taps, tap = i % c.taps;
+      const S* from = c.source + vector * c.source_vector + c.rows.sources[row] + tap * c.dilation * width;
+      S* to = c.gradients + vector * c.gradient_vector + c.rows.weights[row] + tap * width;
+      V sum = {};
+      for (int64_t j = 0; j < c.columns; ++j) {
+        sum += Lanes<S>::load(grad + j * width) * Lanes<S>::load(from + j * c.stride * width);
+      }
+      Lanes<S>::store(to, Lanes<S>::load(to) + sum);
+    }
+  }
+}
+
+template <typename S>
+DSSP_INLINE void contribute(const Contribution<S>& c) {
+  switch (c.dilation <= 2 ? 10 * c.taps + c.dilation : 0) {
+    case 31: return contribute_taps<3, 1>(c);
+    case 32: return contribute_taps<3, 2>(c);
+    case 51: return contribute_taps<5, 1>(c);
+    case 52: return contribute_taps<5, 2>(c);
+    case 71: return contribute_taps<7, 1>(c);
+    case 72: return contribute_taps<7, 2>(c);
+    default: return contribute_any(c);
+  }
+}
+
+// target_clones takes no templates: plain functions, compiled for every instruction set.
+#define DSSP_ROW_LOOPS(Scalar)                                                                                 \
+  DSSP_CLONES void load_row_loop(const Row<const Scalar, Sum<Scalar>>& row, bool relu, int64_t ahead) {        \
+    load_row<Scalar>(row, relu, ahead);                                                                        \
+  }                                                                                                            \
+  DSSP_CLONES void store_row_loop(const Row<Scalar, const Sum<Scalar>>& row) { store_row<Scalar>(row); }
+DSSP_ROW_LOOPS(float)
+DSSP_ROW_LOOPS(double)
+DSSP_ROW_LOOPS(BFloat16)
+DSSP_ROW_LOOPS(Half)
+#define DSSP_TAP_LOOPS(S)                                                               \
+  DSSP_CLONES void correlate_loop(const Correlation<S>& c) { correlate<S>(c); }         \
+  DSSP_CLONES void contribute_loop(const Contribution<S>& c) { contribute<S>(c); }
+DSSP_TAP_LOOPS(float)
+DSSP_TAP_LOOPS(double)
+
+// ---- bands of rows -----------------------------------------------------------------------------------------------
 
 struct Geometry {
   int64_t batch, channels;
@@ -306,139 +389,97 @@ struct Geometry {
   int64_t taps() const { return rows.taps * columns.taps; }
 };
 
-// Output rows begin..end of one image and channel block.
+// Rows of one image and channel block: [vector][slot][left zeros, columns, right zeros][lane]; row r in slot r % slots.
 template <typename Scalar>
-DSSP_INLINE void forward_band(const Geometry& g, RowRing<Scalar>& x, const Sum<Scalar>* weights, TapRows& taps,
-                              const Images<Scalar>& y, int64_t image, const ChannelBlock& block, int64_t begin, int64_t end) {
-  constexpr int64_t width = Lanes<Scalar>::width;
-  const Reads columns = forward_reads(g.columns, 0);
-  x.start(image, block);
-  for (int64_t row = begin; row < end; ++row) {
-    const Reads reads = forward_reads(g.rows, row);
-    x.load(std::max<int64_t>(0, reads.source), std::min(reads.source + g.rows.reach(), g.rows.inputs - 1));
-    taps.set(without_outside(reads, g.rows.inputs), x, g.columns.taps * width);
-    for (int64_t v = 0; v < block.vectors; ++v) {
-      const int64_t channel = block.first + v * width, count = std::min(width, block.channels - v * width);
-      const Sum<Scalar>* source = x.vector(v);
-      const Sum<Scalar>* weight = weights + channel * g.taps();
-      Scalar* to = y.at(image, channel, row, 0);
-      const auto with_stride = [&](int64_t stride) __attribute__((always_inline)) {
-        in_groups(g.columns.outputs, [&](auto group, int64_t j) __attribute__((always_inline)) {
-          Vector<Scalar> sums[group.count];
-          correlate(source + j * stride * width, weight, taps, columns, stride, sums);
-          store_columns(sums, to + j * y.column, y.column, y.channel, count);
-        });
-      };
-      if (g.columns.stride == 1) {
-        with_stride(1);
-      } else if (g.columns.stride == 2) {
-        with_stride(2);
-      } else {
-        with_stride(g.columns.stride);
-      }
+struct RowRing {
+  static constexpr int64_t width = Lanes<Scalar>::width;
+  Images<const Scalar> source;
+  int64_t rows, columns, left, row_size, slots, image = 0, next = 0;
+  bool relu;
+  ChannelBlock block = {};
+  std::vector<Sum<Scalar>> storage;
+  Sum<Scalar>* data;  // aligned to cache lines
+
+  RowRing(Images<const Scalar> source, int64_t rows, int64_t columns, int64_t left, int64_t right, int64_t slots,
+          int64_t vectors, bool relu)
+      : source(source), rows(rows), columns(columns), left(left), row_size((left + columns + right) * width),
+        slots(slots), relu(relu), storage(vectors * slots * row_size + 64 / sizeof(Sum<Scalar>)) {
+    const auto address = reinterpret_cast<uintptr_t>(storage.data());
+    data = storage.data() + ((64 - address % 64) % 64) / sizeof(Sum<Scalar>);
+  }
+
+  void start(int64_t new_image, const ChannelBlock& new_block) {
+    image = new_image;
+    block = new_block;
+    next = 0;
+  }
+
+  int64_t vector_size() const { return slots * row_size; }
+  int64_t offset(int64_t row) const { return row % slots * row_size + left * width; }  // of column 0
+
+  // Make rows first..last available, as far as they exist; rows come in ascending order.
+  void load(int64_t first, int64_t last) {
+    for (next = std::max(next, first); next <= std::min(last, rows - 1); ++next) {
+      load_row_loop({source.at(image, block.first, next, 0), source.channel, source.column, block.channels, columns,
+                     data + offset(next), vector_size()},
+                    relu, next + 1 < rows ? source.row : 0);
     }
   }
-}
+};
 
-// Rows begin..end of the input gradient of one image and channel block. A row's columns fall into `stride` phases; within
-// a phase all read the same taps, from neighbouring columns of the gradient.
+// Where rows of results go: straight into the tensor where its elements are sums, else through a row of sums.
 template <typename Scalar>
-DSSP_INLINE void input_gradient_band(const Geometry& g, RowRing<Scalar>& grad, const Sum<Scalar>* weights, TapRows& taps,
-                                     const Images<const Scalar>& x, bool relu, const Images<Scalar>& d_x, int64_t image,
-                                     const ChannelBlock& block, int64_t begin, int64_t end) {
-  constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t stride = g.columns.stride;
-  grad.start(image, block);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t reached = row + g.rows.padding;
-    grad.load(std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, reached - g.rows.reach()), g.rows.stride)),
-              std::min(reached / g.rows.stride, g.rows.outputs - 1));
-    taps.set(without_outside(backward_reads(g.rows, row), g.rows.outputs), grad, g.columns.taps * width);
-    for (int64_t phase = 0; phase < std::min(stride, g.columns.inputs); ++phase) {
-      const Reads columns = backward_reads(g.columns, phase);
-      for (int64_t v = 0; v < block.vectors; ++v) {
-        const int64_t channel = block.first + v * width, count = std::min(width, block.channels - v * width);
-        const Sum<Scalar>* source = grad.vector(v);
-        const Sum<Scalar>* weight = weights + channel * g.taps();
-        const Scalar* input = x.at(image, channel, row, phase);
-        Scalar* to = d_x.at(image, channel, row, phase);
-        in_groups(ceil_div(g.columns.inputs - phase, stride), [&](auto group, int64_t j) __attribute__((always_inline)) {
-          Vector<Scalar> sums[group.count];
-          correlate(source + j * width, weight, taps, columns, 1, sums);
-          const int64_t first = j * stride;
-          if (relu) clear_where_rectified(sums, input + first * x.column, stride * x.column, x.channel, count);
-          store_columns(sums, to + first * d_x.column, stride * d_x.column, d_x.channel, count);
-        });
+struct RowWriter {
+  static constexpr int64_t width = Lanes<Scalar>::width;
+  Images<Scalar> target;
+  int64_t columns;
+  std::vector<Sum<Scalar>> buffer;
+
+  RowWriter(Images<Scalar> target, int64_t columns, int64_t vectors)
+      : target(target), columns(columns), buffer(columns * vectors * width) {}
+
+  // The results of `c`, into the columns of one row from `column` on, `step` apart.
+  void write(Correlation<Sum<Scalar>>& c, int64_t image, const ChannelBlock& block, int64_t row, int64_t column,
+             int64_t step) {
+    Scalar* to = target.at(image, block.first, row, column);
+    if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) {
+      if (target.channel == 1 && block.channels % width == 0) {
+        c.results = to;
+        c.result_vector = width;
+        c.result_column = step * target.column;
+        return correlate_loop(c);
       }
     }
+    c.results = buffer.data();
+    c.result_vector = columns * width;
+    c.result_column = width;
+    correlate_loop(c);
+    store_row_loop({to, target.channel, step * target.column, block.channels, c.columns, buffer.data(),
+                    columns * width});
   }
-}
+};
 
-// gradients [vector][tap][lane] += what output rows begin..end of one image and channel block contribute.
-template <typename Scalar>
-DSSP_INLINE void weight_gradient_band(const Geometry& g, RowRing<Scalar>& x, RowRing<Scalar>& grad, TapRows& taps,
-                                      Sum<Scalar>* gradients, int64_t image, const ChannelBlock& block, int64_t begin,
-                                      int64_t end) {
-  constexpr int64_t width = Lanes<Scalar>::width;
-  const Reads columns = forward_reads(g.columns, 0);
-  x.start(image, block);
-  grad.start(image, block);
-  for (int64_t row = begin; row < end; ++row) {
-    const Reads reads = forward_reads(g.rows, row);
-    x.load(std::max<int64_t>(0, reads.source), std::min(reads.source + g.rows.reach(), g.rows.inputs - 1));
-    grad.load(row, row);
-    taps.set(without_outside(reads, g.rows.inputs), x, g.columns.taps * width);
-    for (int64_t v = 0; v < block.vectors; ++v) {
-      const Sum<Scalar>* source = x.vector(v);
-      const Sum<Scalar>* grad_row = grad.vector(v) + grad.offset(row);
-      Sum<Scalar>* gradient = gradients + v * g.taps() * width;
-      const auto with_stride = [&](int64_t stride) __attribute__((always_inline)) {
-        in_groups(g.columns.outputs, [&](auto group, int64_t j) __attribute__((always_inline)) {
-          accumulate<group.count, Vector<Scalar>>(grad_row + j * width, source + j * stride * width, taps, columns, stride,
-                                                  gradient);
-        });
-      };
-      if (g.columns.stride == 1) {
-        with_stride(1);
-      } else if (g.columns.stride == 2) {
-        with_stride(2);
-      } else {
-        with_stride(g.columns.stride);
-      }
+// Where the kernel rows of `reads` find their source rows in a ring and their weights.
+struct TapFinder {
+  std::vector<int64_t> sources, weights;
+
+  explicit TapFinder(int64_t taps) : sources(taps), weights(taps) {}
+
+  template <typename Scalar>
+  TapRows find(const Reads& reads, const RowRing<Scalar>& ring, int64_t weight_row) {
+    for (int64_t i = 0; i < reads.count; ++i) {
+      sources[i] = ring.offset(reads.source + i * reads.source_step);
+      weights[i] = (reads.first + i * reads.step) * weight_row;
     }
+    return {sources.data(), weights.data(), reads.count};
   }
-}
-
-// target_clones takes no templates: one plain function per storage type, compiled for every instruction set.
-#define DSSP_DEPTHWISE_LOOPS(Scalar)                                                                                    \
-  DSSP_CLONES void forward_loop(const Geometry& g, RowRing<Scalar>& x, const Sum<Scalar>* weights, TapRows& taps,       \
-                                const Images<Scalar>& y, int64_t image, const ChannelBlock& block, int64_t begin,       \
-                                int64_t end) {                                                                          \
-    forward_band<Scalar>(g, x, weights, taps, y, image, block, begin, end);                                             \
-  }                                                                                                                     \
-  DSSP_CLONES void input_gradient_loop(const Geometry& g, RowRing<Scalar>& grad, const Sum<Scalar>* weights,            \
-                                       TapRows& taps, const Images<const Scalar>& x, bool relu,                         \
-                                       const Images<Scalar>& d_x, int64_t image, const ChannelBlock& block,             \
-                                       int64_t begin, int64_t end) {                                                    \
-    input_gradient_band<Scalar>(g, grad, weights, taps, x, relu, d_x, image, block, begin, end);                        \
-  }                                                                                                                     \
-  DSSP_CLONES void weight_gradient_loop(const Geometry& g, RowRing<Scalar>& x, RowRing<Scalar>& grad, TapRows& taps,    \
-                                        Sum<Scalar>* gradients, int64_t image, const ChannelBlock& block,               \
-                                        int64_t begin, int64_t end) {                                                   \
-    weight_gradient_band<Scalar>(g, x, grad, taps, gradients, image, block, begin, end);                                \
-  }
-DSSP_DEPTHWISE_LOOPS(float)
-DSSP_DEPTHWISE_LOOPS(double)
-DSSP_DEPTHWISE_LOOPS(BFloat16)
-DSSP_DEPTHWISE_LOOPS(Half)
-
-// ---- the whole tensors ---------------------------------------------------------------------------------------------
+};
 
 template <typename Scalar>
 RowRing<Scalar> input_rows(const Geometry& g, const Images<const Scalar>& x, int64_t vectors, bool relu) {
   const Axis& w = g.columns;
   const int64_t right = std::max<int64_t>(0, (w.outputs - 1) * w.stride + w.reach() - w.padding - (w.inputs - 1));
-  return {x, w.inputs, w.padding, right, g.rows.reach() + 1, vectors, relu};
+  return {x, g.rows.inputs, w.inputs, w.padding, right, g.rows.reach() + 1, vectors, relu};
 }
 
 template <typename Scalar>
@@ -446,10 +487,119 @@ RowRing<Scalar> gradient_rows(const Geometry& g, const Images<const Scalar>& gra
   const Axis& w = g.columns;
   const int64_t left = ceil_div(std::max<int64_t>(0, w.reach() - w.padding), w.stride);
   const int64_t right = std::max<int64_t>(0, (w.inputs - 1 + w.padding) / w.stride - (w.outputs - 1));
-  return {grad, w.outputs, left, right, g.rows.reach() / g.rows.stride + 1, vectors, false};
+  return {grad, g.rows.outputs, w.outputs, left, right, g.rows.reach() / g.rows.stride + 1, vectors, false};
 }
 
-// How the channels are cut into blocks whose rings stay in the first-level cache.
+// Output rows begin..end of one image and channel block.
+template <typename Scalar>
+struct Forward {
+  static constexpr int64_t width = Lanes<Scalar>::width;
+  const Geometry& g;
+  const Sum<Scalar>* weights;
+  RowRing<Scalar> x;
+  RowWriter<Scalar> y;
+  TapFinder finder{g.rows.taps};
+
+  void band(int64_t image, const ChannelBlock& block, int64_t begin, int64_t end) {
+    x.start(image, block);
+    Correlation<Sum<Scalar>> c = {x.data, weights + block.first * g.taps()};
+    c.taps = forward_reads(g.columns, 0);
+    c.stride = g.columns.stride;
+    c.columns = g.columns.outputs;
+    c.vectors = block.vectors;
+    c.source_vector = x.vector_size();
+    c.weight_vector = g.taps() * width;
+    for (int64_t row = begin; row < end; ++row) {
+      const Reads reads = forward_reads(g.rows, row);
+      x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
+      c.rows = finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps * width);
+      y.write(c, image, block, row, 0, 1);
+    }
+  }
+};
+
+// Both gradients of one image and channel block, in one sweep over its rows.
+template <typename Scalar>
+struct Backward {
+  static constexpr int64_t width = Lanes<Scalar>::width;
+  const Geometry& g;
+  const Sum<Scalar>* weights;
+  RowRing<Scalar> grad, x;
+  RowWriter<Scalar> d_x;
+  TapFinder finder{g.rows.taps};
+
+  // The weight gradient takes output rows out_begin..out_end as soon as rows in_begin..in_end of the input gradient
+  // have loaded them, so every row is loaded once. gradients: null if not wanted.
+  void band(int64_t image, const ChannelBlock& block, Sum<Scalar>* gradients, int64_t out_begin, int64_t out_end,
+            int64_t in_begin, int64_t in_end) {
+    x.start(image, block);
+    grad.start(image, block);
+    Contribution<Sum<Scalar>> to_weights = weight_gradient_work(gradients);
+    Correlation<Sum<Scalar>> to_input = input_gradient_work();
+    int64_t next = gradients ? out_begin : out_end;
+    for (int64_t row = in_begin; row < in_end && d_x.target.data; ++row) {
+      const int64_t reached = row + g.rows.padding;
+      const int64_t first = ceil_div(std::max<int64_t>(0, reached - g.rows.reach()), g.rows.stride);
+      const int64_t last = reached / g.rows.stride;
+      for (; next < std::min(out_end, first); ++next) weight_gradient_row(to_weights, next);
+      grad.load(first, last);
+      for (; next < std::min(out_end, last + 1); ++next) weight_gradient_row(to_weights, next);
+      input_gradient_row(to_input, row);
+    }
+    for (; next < out_end; ++next) weight_gradient_row(to_weights, next);
+  }
+
+  Contribution<Sum<Scalar>> weight_gradient_work(Sum<Scalar>* gradients) const {
+    Contribution<Sum<Scalar>> c = {nullptr, x.data - g.columns.padding * width};
+    c.taps = g.columns.taps;
+    c.stride = g.columns.stride;
+    c.dilation = g.columns.dilation;
+    c.columns = g.columns.outputs;
+    c.vectors = x.block.vectors;
+    c.gradients = gradients;
+    c.grad_vector = grad.vector_size();
+    c.source_vector = x.vector_size();
+    c.gradient_vector = g.taps() * width;
+    return c;
+  }
+
+  Correlation<Sum<Scalar>> input_gradient_work() const {
+    Correlation<Sum<Scalar>> c = {grad.data, weights + x.block.first * g.taps()};
+    c.stride = 1;
+    c.vectors = x.block.vectors;
+    c.source_vector = grad.vector_size();
+    c.weight_vector = g.taps() * width;
+    c.rectified_vector = x.vector_size();
+    c.rectified_column = g.columns.stride * width;
+    return c;
+  }
+
+  void weight_gradient_row(Contribution<Sum<Scalar>>& c, int64_t row) {
+    const Reads reads = forward_reads(g.rows, row);
+    x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
+    grad.load(row, row);
+    c.grad = grad.data + grad.offset(row);
+    c.rows = finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps * width);
+    contribute_loop(c);
+  }
+
+  // A row's columns fall into `stride` phases; within a phase all read the same taps, from neighbouring gradients.
+  void input_gradient_row(Correlation<Sum<Scalar>>& c, int64_t row) {
+    const int64_t stride = g.columns.stride;
+    if (x.relu) x.load(row, row);
+    c.rows = finder.find(without_outside(backward_reads(g.rows, row), g.rows.outputs), grad, g.columns.taps * width);
+    for (int64_t phase = 0; phase < std::min(stride, g.columns.inputs); ++phase) {
+      c.taps = backward_reads(g.columns, phase);
+      c.columns = ceil_div(g.columns.inputs - phase, stride);
+      if (x.relu) c.rectified = x.data + x.offset(row) + phase * width;
+      d_x.write(c, x.image, x.block, row, phase, stride);
+    }
+  }
+};
+
+// ---- the whole tensors -------------------------------------------------------------------------------------------
+
+// How the channels are cut into blocks whose rings stay in the nearest caches.
 template <typename Scalar>
 struct ChannelBlocks {
   int64_t channels, vectors, count;  // vectors per block
@@ -493,11 +643,11 @@ void forward(const Geometry& g, const Tensor& x, const Tensor& weight, bool relu
   const int64_t work = g.columns.outputs * g.taps() * blocks.vectors;
   const int64_t rows = g.rows.outputs;
   torch::stable::parallel_for(0, g.batch * blocks.count * rows, kGrain / work + 1, [&](int64_t begin, int64_t end) {
-    auto ring = input_rows<Scalar>(g, input, blocks.vectors, relu);
-    TapRows taps(g.rows.taps);
+    Forward<Scalar> sweep = {g, weights.data(), input_rows<Scalar>(g, input, blocks.vectors, relu),
+                             RowWriter<Scalar>(y, g.columns.outputs, blocks.vectors)};
     while (begin < end) {
       const int64_t band = begin / rows, row = begin % rows, last = std::min(rows, row + end - begin);
-      forward_loop(g, ring, weights.data(), taps, y, band / blocks.count, blocks[band % blocks.count], row, last);
+      sweep.band(band / blocks.count, blocks[band % blocks.count], row, last);
       begin += last - row;
     }
   });
@@ -517,12 +667,7 @@ struct Parts {
     count = ceil_div(batch, images) * bands;
   }
 
-  // use(image, numerator, denominator): rows from numerator / denominator on, for one band
-  template <typename Use>
-  void each_image(int64_t part, Use use) const {
-    const int64_t first = part / bands * images;
-    for (int64_t image = first; image < std::min(batch, first + images); ++image) use(image, part % bands);
-  }
+  int64_t first_image(int64_t part) const { return std::min(batch, part / bands * images); }
 };
 
 template <typename Scalar>
@@ -539,23 +684,18 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& x, const Tens
   const int64_t size = vectors * width * g.taps();
   std::vector<Sum<Scalar>> partial(d_weight ? parts.count * size : 0);  // [part][vector][tap][lane]
   torch::stable::parallel_for(0, parts.count * blocks.count, 1, [&](int64_t begin, int64_t end) {
-    auto x_rows = input_rows<Scalar>(g, input, blocks.vectors, relu);
-    auto grad_rows = gradient_rows<Scalar>(g, output_gradient, blocks.vectors);
-    TapRows taps(g.rows.taps);
+    Backward<Scalar> sweep = {g, weights.data(), gradient_rows<Scalar>(g, output_gradient, blocks.vectors),
+                              input_rows<Scalar>(g, input, blocks.vectors, relu),
+                              RowWriter<Scalar>(input_gradient, g.columns.inputs, blocks.vectors)};
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t part = item / blocks.count;
+      const int64_t part = item / blocks.count, band = part % parts.bands;
       const ChannelBlock block = blocks[item % blocks.count];
-      parts.each_image(part, [&](int64_t image, int64_t band) {
-        const auto first_row = [&](int64_t rows, int64_t i) { return rows * i / parts.bands; };
-        if (d_weight) {
-          weight_gradient_loop(g, x_rows, grad_rows, taps, partial.data() + part * size + block.first * g.taps(), image,
-                               block, first_row(g.rows.outputs, band), first_row(g.rows.outputs, band + 1));
-        }
-        if (d_x) {
-          input_gradient_loop(g, grad_rows, weights.data(), taps, input, relu, input_gradient, image, block,
-                              first_row(g.rows.inputs, band), first_row(g.rows.inputs, band + 1));
-        }
-      });
+      Sum<Scalar>* gradients = d_weight ? partial.data() + part * size + block.first * g.taps() : nullptr;
+      const auto cut = [&](int64_t rows, int64_t i) { return rows * i / parts.bands; };
+      for (int64_t image = parts.first_image(part); image < parts.first_image(part + parts.bands); ++image) {
+        sweep.band(image, block, gradients, cut(g.rows.outputs, band), cut(g.rows.outputs, band + 1),
+                   cut(g.rows.inputs, band), cut(g.rows.inputs, band + 1));
+      }
     }
   });
   if (!d_weight) return;
@@ -573,63 +713,53 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& x, const Tens
   }
 }
 
-// ---- the registered operators --------------------------------------------------------------------------------------
+// ---- the registered operators ------------------------------------------------------------------------------------
 
-Geometry geometry_of(const Tensor& x, const Tensor& weight, const Pair& stride, const Pair& padding, const Pair& dilation) {
-  const auto axis = [&](int64_t i) -> Axis {
-    const int64_t inputs = x.size(2 + i), taps = weight.size(2 + i);
-    return {inputs, (inputs + 2 * padding[i] - (taps - 1) * dilation[i] - 1) / stride[i] + 1, taps, stride[i], padding[i],
-            dilation[i]};
-  };
-  return {x.size(0), x.size(1), axis(0), axis(1)};
-}
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// [batch, channels, rows, columns] in the layout of x: channels_last if its channels are innermost, else contiguous.
-Tensor empty_images(const Tensor& x, int64_t batch, int64_t channels, int64_t rows, int64_t columns) {
-  const bool channels_last = x.stride(1) == 1 && x.stride(3) != 1;
-  const int64_t sizes[] = {batch, channels, rows, columns};
-  const int64_t contiguous[] = {channels * rows * columns, rows * columns, columns, 1};
-  const int64_t last[] = {channels * rows * columns, 1, columns * channels, channels};
+Tensor empty_with(Sizes sizes, Sizes strides, const Tensor& like) {
   int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, channels_last ? last : contiguous, dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-Tensor no_elements(const Tensor& like) {
-  const int64_t size = 0, stride = 1;
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+// [B, C, rows, columns] in the layout of x: channels_last if its channels lie innermost, else contiguous.
+Tensor empty_images(const Tensor& x, int64_t rows, int64_t columns) {
+  const int64_t batch = x.size(0), channels = x.size(1), image = channels * rows * columns;
+  if (x.stride(1) == 1 && x.stride(3) != 1) {
+    return empty_with({batch, channels, rows, columns}, {image, 1, columns * channels, channels}, x);
+  }
+  return empty_with({batch, channels, rows, columns}, {image, rows * columns, columns, 1}, x);
+}
+
+Geometry geometry_of(const Tensor& x, const Tensor& weight, const Pair& stride, const Pair& padding,
+                     const Pair& dilation) {
+  const auto axis = [&](int64_t i) -> Axis {
+    const int64_t inputs = x.size(2 + i), taps = weight.size(2 + i);
+    const int64_t last = inputs + 2 * padding[i] - (taps - 1) * dilation[i] - 1;
+    return {inputs, last / stride[i] + 1, taps, stride[i], padding[i], dilation[i]};
+  };
+  return {x.size(0), x.size(1), axis(0), axis(1)};
 }
 
 Tensor depthwise_conv2d_forward(Tensor x, Tensor weight, Pair stride, Pair padding, Pair dilation, bool relu) {
   const Geometry g = geometry_of(x, weight, stride, padding, dilation);
-  Tensor result = empty_images(x, g.batch, g.channels, g.rows.outputs, g.columns.outputs);
-  with_storage(x.scalar_type(), [&](auto scalar) { forward<decltype(scalar)>(g, x, weight, relu, result); });
-  return result;
+  Tensor y = empty_images(x, g.rows.outputs, g.columns.outputs);
+  with_storage(x.scalar_type(), [&](auto scalar) { forward<decltype(scalar)>(g, x, weight, relu, y); });
+  return y;
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Pair stride, Pair padding,
                                                      Pair dilation, bool relu, bool needs_input_grad,
                                                      bool needs_weight_grad) {
   const Geometry g = geometry_of(x, weight, stride, padding, dilation);
-  Tensor d_x = needs_input_grad ? empty_images(x, g.batch, g.channels, g.rows.inputs, g.columns.inputs) : no_elements(x);
-  Tensor d_weight = no_elements(x);
-  if (needs_weight_grad) {
-    const int64_t sizes[] = {g.channels, 1, g.rows.taps, g.columns.taps};
-    const int64_t strides[] = {g.taps(), g.taps(), g.columns.taps, 1};
-    int32_t dtype = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-    AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-    d_weight = Tensor(handle);
-  }
+  const int64_t kh = g.rows.taps, kw = g.columns.taps;
+  Tensor d_x = needs_input_grad ? empty_images(x, g.rows.inputs, g.columns.inputs) : empty_with({0}, {1}, x);
+  Tensor d_weight = needs_weight_grad ? empty_with({g.channels, 1, kh, kw}, {kh * kw, kh * kw, kw, 1}, x)
+                                      : empty_with({0}, {1}, x);
   with_storage(x.scalar_type(), [&](auto scalar) {
     backward<decltype(scalar)>(g, grad, x, weight, relu, needs_input_grad ? &d_x : nullptr,
                                needs_weight_grad ? &d_weight : nullptr);

@@ -5,139 +5,21 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../cpu_vectors.h"
+#include "../cpu_mixture.h"
 
 namespace dssp {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Entries = std::vector<std::optional<Tensor>>;
-using Flags = std::vector<bool>;
 
 constexpr int64_t kBlock = 2048;       // elements; a block of the gradient stays in the first-level cache for all entries
 constexpr int64_t kMaxChunks = 1024;   // partial sums per entry are at most this many, however large the tensors
 constexpr int64_t kGrain = 32 * 1024;  // element visits below which a second thread costs more than it brings
 
-template <typename Use>
-void with_storage(ScalarType type, Use use) {
-  switch (type) {
-    case ScalarType::Float: return use(float{});
-    case ScalarType::Double: return use(double{});
-    case ScalarType::BFloat16: return use(BFloat16{});
-    case ScalarType::Half: return use(Half{});
-    default: STD_TORCH_CHECK(false, "mixed_sum: expected floating-point tensors");
-  }
-}
-
-Tensor empty_with(torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::headeronly::IntHeaderOnlyArrayRef strides, const Tensor& like) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor empty_as(const Tensor& like) { return empty_with(like.sizes(), like.strides(), like); }
-
-Tensor no_elements(const Tensor& like) {
-  const int64_t size = 0, stride = 1;
-  return empty_with({&size, 1}, {&stride, 1}, like);
-}
-
-// ---- the small side: alpha, mask, active ---------------------------------------------------------------------------
-
-std::vector<double> read_scalars(const Tensor& tensor) {
-  std::vector<double> values(tensor.numel());
-  with_storage(tensor.scalar_type(), [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    const auto* data = static_cast<const Scalar*>(tensor.const_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) values[i] = load_first(data + i, 1)[0];
-  });
-  return values;
-}
-
-Tensor write_scalars(const std::vector<double>& values, const Tensor& like) {
-  Tensor result = empty_as(like);
-  with_storage(like.scalar_type(), [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    auto* data = static_cast<Scalar*>(result.mutable_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) {
-      typename Lanes<Scalar>::Vector value = {};
-      value[0] = static_cast<typename Lanes<Scalar>::Sum>(values[i]);
-      store_first(data + i, value, 1);
-    }
-  });
-  return result;
-}
-
-// Weights and gates of E edges with K candidates each, and the coefficients c[e,k] = active[e] gate[e] weight[e,k].
-struct Mixture {
-  int64_t edges, candidates;
-  std::vector<double> weights, gates, coefficients;
-  Flags active;
-
-  Mixture(int64_t entries, const Tensor& alpha, const std::optional<Tensor>& mask,
-          const std::optional<Tensor>& active_flags, bool softmax)
-      : edges(alpha.dim() == 2 ? alpha.size(0) : 1),
-        candidates(entries / edges),
-        weights(read_scalars(alpha)),
-        gates(edges, 1.0),
-        coefficients(entries),
-        active(edges, true) {
-    if (softmax) {
-      for (int64_t e = 0; e < edges; ++e) softmax_in_place(weights.data() + e * candidates);
-    }
-    if (mask) {
-      gates = read_scalars(*mask);
-      for (double& gate : gates) gate = 1.0 / (1.0 + std::exp(-gate));
-    }
-    if (active_flags) {
-      const auto* flags = static_cast<const bool*>(active_flags->const_data_ptr());
-      active.assign(flags, flags + edges);
-    }
-    for (int64_t i = 0; i < entries; ++i) coefficients[i] = gates[i / candidates] * weights[i];
-  }
-
-  bool is_active(int64_t entry) const { return active[entry / candidates]; }
-
-  // dots[e,k] = <grad, o[e,k]>  ->  d alpha (returned) and d mask
-  std::vector<double> parameter_gradients(const std::vector<double>& dots, bool softmax, std::vector<double>& d_mask) {
-    std::vector<double> d_alpha(weights.size(), 0.0);
-    for (int64_t e = 0; e < edges; ++e) {
-      if (!active[e]) continue;
-      double mean = 0;  // sum_k w d: what the edge's mix contributes, before its gate
-      for (int64_t i = e * candidates; i < (e + 1) * candidates; ++i) mean += weights[i] * dots[i];
-      d_mask[e] = gates[e] * (1.0 - gates[e]) * mean;
-      for (int64_t i = e * candidates; i < (e + 1) * candidates; ++i) {
-        d_alpha[i] = softmax ? coefficients[i] * (dots[i] - mean) : gates[e] * dots[i];
-      }
-    }
-    return d_alpha;
-  }
-
- private:
-  void softmax_in_place(double* row) const {
-    const double largest = *std::max_element(row, row + candidates);
-    double sum = 0;
-    for (int64_t k = 0; k < candidates; ++k) sum += row[k] = std::exp(row[k] - largest);
-    for (int64_t k = 0; k < candidates; ++k) row[k] /= sum;
-  }
-};
-
 // ---- the large side: entries ---------------------------------------------------------------------------------------
-
-template <typename Scalar>
-using Sum = typename Lanes<Scalar>::Sum;
 
 // out[i] = sum_k coefficients[k] * inputs[k][i]  for begin <= i < end
 template <typename Scalar>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dssp_kernels.arguments import checked_mixture, empty_as
 from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, implementation_for
 from dssp_kernels.mixed_sum.reference import mixed_sum_reference
-
-RELAXATIONS = ("softmax", "given")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def mixed_sum(
@@ -48,134 +45,12 @@ def mixed_sum(
         TypeError, ValueError: naming the argument, what came and what was expected.
         RuntimeError: the backend asked for with set_backend() cannot run on this device.
     """
-    tensors = _check_outputs(outputs)
-    _check_parameters(outputs, tensors[0], alpha, mask, relaxation, active)
-    dtype = tensors[0].dtype
-    if any(tensor.dtype is not dtype for tensor in tensors):
-        for tensor in tensors:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        outputs = [None if output is None else output.to(dtype) for output in outputs]
-    outputs = _in_one_layout(outputs)
-    alpha = alpha.contiguous()
-    if mask is not None:
-        mask = mask.reshape(-1).expand(_edges(alpha)).contiguous()
+    outputs, alpha, mask = checked_mixture(outputs, alpha, mask, relaxation, active)
     softmax = relaxation == "softmax"
     implementation = implementation_for(alpha.device)
     if implementation == "reference":
         return mixed_sum_reference(outputs, alpha, mask, softmax, active)
     return _MixedSum.apply(implementation == "interpreter", softmax, alpha, mask, active, *outputs)
-
-
-# ---- argument checks -----------------------------------------------------------------------------------------------
-
-
-def _edges(alpha: Tensor) -> int:
-    return alpha.shape[0] if alpha.dim() == 2 else 1
-
-
-def _check_outputs(outputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """The entries that are tensors, all of one shape and device."""
-    if not isinstance(outputs, (list, tuple)):
-        raise TypeError(f"outputs: expected a list or tuple of tensors or None, got {type(outputs).__name__}")
-    tensors = [output for output in outputs if output is not None]
-    for i, output in enumerate(outputs):
-        if output is not None and not isinstance(output, Tensor):
-            raise TypeError(f"outputs[{i}]: expected a tensor or None, got {type(output).__name__}")
-    if not tensors:
-        raise ValueError(f"outputs: expected at least one tensor, got {len(outputs)} entries without any")
-    shape, device = tensors[0].shape, tensors[0].device
-    for i, output in enumerate(outputs):
-        if output is None:
-            continue
-        if output.dtype not in _DTYPES:
-            raise TypeError(f"outputs[{i}]: expected float16, bfloat16, float32 or float64, got {output.dtype}")
-        if output.layout is not torch.strided:
-            raise TypeError(f"outputs[{i}]: expected a dense (strided) tensor, got layout {output.layout}")
-        if output.shape != shape:
-            raise ValueError(f"outputs[{i}]: expected the first tensor's shape {list(shape)}, got {list(output.shape)}")
-        if output.device != device:
-            raise ValueError(f"outputs[{i}]: expected the first tensor's device {device}, got {output.device}")
-    return tensors
-
-
-def _check_parameters(
-    outputs: Sequence[Tensor | None],
-    first: Tensor,
-    alpha: Tensor,
-    mask: Tensor | None,
-    relaxation: str,
-    active: Tensor | None,
-) -> None:
-    if relaxation not in RELAXATIONS:
-        raise ValueError(f"relaxation: expected one of {', '.join(RELAXATIONS)}, got {relaxation!r}")
-    for name, value in (("alpha", alpha), ("mask", mask), ("active", active)):
-        if value is None and name != "alpha":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-        if value.device != first.device:
-            raise ValueError(f"{name}: expected the outputs' device {first.device}, got {value.device}")
-        if name == "active":
-            if value.dtype is not torch.bool:
-                raise TypeError(f"active: expected a bool tensor, got {value.dtype}")
-        elif value.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
-    if alpha.dim() not in (1, 2) or alpha.numel() != len(outputs):
-        raise ValueError(
-            f"alpha: expected [K] or [E, K] with E*K = len(outputs) = {len(outputs)}, got shape {list(alpha.shape)}"
-        )
-    edges = _edges(alpha)
-    if mask is not None and (mask.dim() > 1 or mask.numel() not in (1, edges)):
-        raise ValueError(f"mask: expected shape [], [1] or [E] = [{edges}], got {list(mask.shape)}")
-    if active is not None and active.shape != (edges,):
-        raise ValueError(f"active: expected shape [E] = [{edges}], got {list(active.shape)}")
-
-
-# ---- memory layout -------------------------------------------------------------------------------------------------
-
-
-def _dense_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Dimensions longer than 1 from outermost to innermost in memory, or None if there are gaps or overlaps.
-
-    Tensors of one shape and equal order hold equal elements at equal flat offsets.
-    """
-    order = sorted((d for d in range(tensor.dim()) if tensor.shape[d] != 1), key=tensor.stride, reverse=True)
-    expected = 1
-    for d in reversed(order):
-        if tensor.stride(d) != expected:
-            return None
-        expected *= tensor.shape[d]
-    return tuple(order)
-
-
-def _is_usual_layout(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-def _in_one_layout(outputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The same entries, all in the dense layout that most of them have; only the odd ones are copied."""
-    tensors = [output for output in outputs if output is not None]
-    strides = tensors[0].stride()
-    if _is_usual_layout(tensors[0]) and all(tensor.stride() == strides for tensor in tensors):
-        return outputs
-    if tensors[0].numel() == 0:
-        return [None if output is None else output.contiguous() for output in outputs]
-    orders = [None if output is None else _dense_order(output) for output in outputs]
-    dense = Counter(order for order in orders if order is not None)
-    # Nothing dense at all: the layout PyTorch itself gives a copy of the first tensor.
-    target = dense.most_common(1)[0][0] if dense else _dense_order(torch.empty_like(tensors[0]))
-    assert target is not None
-    return [
-        output if output is None or order == target else _copy_in_order(output, target)
-        for output, order in zip(outputs, orders, strict=True)
-    ]
-
-
-def _copy_in_order(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    """A differentiable copy whose dimensions lie in memory in ``order`` (dimensions of length 1 first)."""
-    permutation = [d for d in range(tensor.dim()) if d not in order] + list(order)
-    inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
-    return tensor.permute(permutation).contiguous().permute(inverse)
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
@@ -270,15 +145,11 @@ _library.define(
 )
 
 
-def _empty_as(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-
-
 @torch.library.register_fake("dssp_kernels::mixed_sum_forward", lib=_library)
 def _forward_fake(
     outputs: Sequence[Tensor | None], alpha: Tensor, mask: Tensor | None, active: Tensor | None, softmax: bool
 ) -> Tensor:
-    return _empty_as(next(output for output in outputs if output is not None))
+    return empty_as(next(output for output in outputs if output is not None))
 
 
 @torch.library.register_fake("dssp_kernels::mixed_sum_backward", lib=_library)
@@ -294,7 +165,7 @@ def _backward_fake(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     d_alpha = torch.empty_like(alpha) if needs_parameter_grad else alpha.new_empty(0)
     d_mask = torch.empty_like(mask) if needs_parameter_grad and mask is not None else alpha.new_empty(0)
-    return [_empty_as(grad) for needed in needs_output_grad if needed], d_alpha, d_mask
+    return [empty_as(grad) for needed in needs_output_grad if needed], d_alpha, d_mask
 
 
 def _reference_backward(
@@ -321,7 +192,7 @@ def _reference_backward(
         y = mixed_sum_reference(leaves, parameters[0], parameters[1] if mask is not None else None, softmax, active)
         wanted = [leaf for leaf, needed in zip(leaves, needs_output_grad, strict=True) if needed and leaf is not None]
         found = torch.autograd.grad(y, [*wanted, *parameters], grad, materialize_grads=True)
-    requested = [_empty_as(grad).copy_(d_output) for d_output in found[: len(wanted)]]
+    requested = [empty_as(grad).copy_(d_output) for d_output in found[: len(wanted)]]
     d_alpha, d_mask = found[len(wanted)], found[-1] if mask is not None else alpha.new_empty(0)
     return (requested, d_alpha, d_mask) if needs_parameter_grad else (requested, alpha.new_empty(0), alpha.new_empty(0))
 
@@ -330,7 +201,7 @@ def _reference_forward(
     outputs: Sequence[Tensor | None], alpha: Tensor, mask: Tensor | None, active: Tensor | None, softmax: bool
 ) -> Tensor:
     y = mixed_sum_reference(outputs, alpha, mask, softmax, active)
-    return _empty_as(next(output for output in outputs if output is not None)).copy_(y)
+    return empty_as(next(output for output in outputs if output is not None)).copy_(y)
 
 
 if WHY_NO_CPU_KERNELS is not None:

@@ -1,7 +1,7 @@
 """Triton kernels and launchers of mixed_sum: one launch forward, two backward, whatever E and K.
 
-Tensors are addressed flat, by element. All but the last n % VECTOR elements are read and written 16 bytes at a time under a
-mask that is constant within 16 bytes; the last few go one by one, so an odd n costs nothing elsewhere.
+Tensors are addressed flat, by element. All but the last n % VECTOR elements are read and written 16 bytes at a time
+under a mask that is constant within 16 bytes; the last few go one by one, in code that exists only where there are any.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 THREADS = 128
 NUM_WARPS = 2 if torch.version.hip else 4  # a warp is 64 threads on AMD's data centre GPUs
-# Programs per edge of the backward pass at most, each looping over its share. Fixed, so that the partial sums stay few and
-# results do not depend on the device: enough to fill the largest GPUs several times over.
-PROGRAMS = 1024
-FINISH_ELEMENTS = 8192  # partial sums that the finishing kernel reads at a time
-FINISH_WARPS = 8
-# Candidates whose loads are in flight together, a power of two; in the backward pass also those that one program serves, so
-# that registers do not grow with K.
+# Candidates whose loads are in flight together, a power of two. In the backward pass also those that one program
+# serves, so that registers do not grow with K.
 GROUP = 8
+# Programs of the backward pass per group at most; each loops over its share. A constant, so that the partial sums stay
+# few and results do not depend on the device; enough to fill the largest GPU.
+PROGRAMS = 1024
+FINISH_ELEMENTS = 8192  # partial sums that the finishing kernel reads at a time: 128 bytes per thread
+FINISH_WARPS = 8
 
 
 def _block(itemsize: int, candidates: int) -> tuple[int, int]:
@@ -34,7 +34,17 @@ def _block(itemsize: int, candidates: int) -> tuple[int, int]:
     return THREADS * vector * (4 if candidates <= 2 else 2 if candidates <= 4 else 1), vector
 
 
-# ---- forward -----------------------------------------------------------------------------------------------------------
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _issue_loads():
+    """All loads above are on their way before one below starts.
+
+    Left alone, the compiler saves registers by waiting for each before it issues the next. It moves no load over a
+    barrier, hence no arithmetic that needs a value loaded behind it: callers load what all of theirs needs afterwards.
+    """
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -65,6 +75,9 @@ def _edge_factors(
     return factors
 
 
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
 @triton.jit
 def _add_edge(
     total,
@@ -84,11 +97,11 @@ def _add_edge(
     for first in tl.static_range(0, K, GROUP):
         inputs = ()
         for k in tl.static_range(first, min(first + GROUP, K)):
-            x = total
+            x = offsets  # stands for an absent entry
             if outputs[k] is not None:
                 x = tl.load(outputs[k] + offsets, mask=inside)  # [SIZE]
             inputs = inputs + (x,)
-        tl.debug_barrier()  # keeps these loads in flight together: the compiler would rather wait between them
+        _issue_loads()
         if first == 0:
             factors = _edge_factors(alpha, mask, edge, K, SHARED_MASK, SOFTMAX, total.dtype)
         for k in tl.static_range(first, min(first + GROUP, K)):
@@ -116,22 +129,15 @@ def _mix(
     """Elements start .. start + SIZE of y, as far as end."""
     offsets = start + tl.arange(0, SIZE)
     inside = offsets < end
-    total = tl.zeros([SIZE], tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32)
-    flags = ()
-    if active is not None:
-        for e in tl.static_range(E):
-            flags = flags + (tl.load(active + e),)
+    live = ()
     for e in tl.static_range(E):
-        edge = tl.full([], e, tl.int32)
-        if active is None:
-            total = _add_edge(
-                total, outputs[e * K : e * K + K], alpha, mask, edge, offsets, inside, K, GROUP, SHARED_MASK, SOFTMAX
-            )
-        else:
-            if flags[e]:
-                total = _add_edge(
-                    total, outputs[e * K : e * K + K], alpha, mask, edge, offsets, inside, K, GROUP, SHARED_MASK, SOFTMAX
-                )
+        live = live + (True if active is None else tl.load(active + e),)
+    total = tl.zeros([SIZE], tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32)
+    for e in tl.static_range(E):
+        if live[e]:
+            edge = tl.full([], e, tl.int32)  # not a constant: the code of all edges is compiled once
+            row = outputs[e * K : e * K + K]
+            total = _add_edge(total, row, alpha, mask, edge, offsets, inside, K, GROUP, SHARED_MASK, SOFTMAX)
     tl.store(y + offsets, total.to(y.dtype.element_ty), mask=inside)  # [SIZE]
 
 
@@ -152,17 +158,19 @@ def mixed_sum_fwd_kernel(
     VECTOR: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """y = sum_ek active[e] * sigmoid(mask[e]) * w[e, k] * outputs[e * K + k]; grid (blocks of whole vectors + rest)."""
+    """y = sum_ek active[e] * sigmoid(mask[e]) * w[e, k] * outputs[e*K + k].
+
+    Grid (blocks of whole vectors, and one program for the rest shorter than a vector if there is one).
+    """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     whole = (n // VECTOR).to(tl.int64) * VECTOR
-    if REST:
+    if REST:  # noqa: SIM102  # known at compile time, the other at run time
         if start >= whole:
             _mix(y, outputs, alpha, mask, active, whole, n, E, K, GROUP, SHARED_MASK, SOFTMAX, VECTOR)
-    # Without a rest there is one path only; with one, the rest's program finds nothing left here.
     _mix(y, outputs, alpha, mask, active, start, whole, E, K, GROUP, SHARED_MASK, SOFTMAX, BLOCK)
 
 
-# ---- backward ----------------------------------------------------------------------------------------------------------
+# ---- backward --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -180,20 +188,20 @@ def _differentiate(
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Input gradients of elements start .. start + SIZE, as far as end; returns dots + their share of <grad, outputs>."""
+    """Write the input gradients of elements start .. start + SIZE, as far as end; dots + their <grad, outputs>."""
     ACC: tl.constexpr = factors[0].dtype
     offsets = start + tl.arange(0, SIZE)
     inside = offsets < end
     readable = inside if live is None else offsets < tl.where(live, end, 0)
-    g = tl.load(grad + offsets, mask=readable, other=0.0)  # [SIZE]
-    # Every load before the first store: the compiler cannot know that the stores do not change what is loaded.
     inputs = ()
-    for i in tl.static_range(COUNT):
-        x = g
-        if outputs[i] is not None:
-            x = tl.load(outputs[i] + offsets, mask=readable, other=0.0)  # [SIZE]
-        inputs = inputs + (x,)
-    g = g.to(ACC)
+    if DOTS:
+        for i in tl.static_range(COUNT):
+            x = offsets  # stands for an absent entry
+            if outputs[i] is not None:
+                x = tl.load(outputs[i] + offsets, mask=readable, other=0.0)  # [SIZE]
+            inputs = inputs + (x,)
+        _issue_loads()
+    g = tl.load(grad + offsets, mask=readable, other=0.0).to(ACC)  # [SIZE]
     sums = ()
     for i in tl.static_range(COUNT):
         if grads[i] is not None:
@@ -208,7 +216,7 @@ def _differentiate(
 
 @triton.jit
 def _sum_each(vectors, LANES: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """COUNT vectors [LANES] -> their sums [WIDTH], zeros at the end: one reduction, one synchronisation for all of them."""
+    """COUNT vectors [LANES] -> their sums [WIDTH], then zeros: one reduction, hence one synchronisation, for all."""
     parts = vectors
     for _ in tl.static_range(WIDTH - COUNT):
         parts = parts + (tl.zeros([LANES], vectors[0].dtype),)
@@ -247,7 +255,7 @@ def _group_backward(
     whole = (n // VECTOR).to(tl.int64) * VECTOR
     for start in range(program.to(tl.int64) * BLOCK, whole, programs * BLOCK):
         dots = _differentiate(dots, grad, outputs, grads, factors, live, start, whole, DOTS, COUNT, BLOCK, LANES)
-    if REST:
+    if REST:  # noqa: SIM102  # known at compile time, the other at run time
         if program == programs - 1:
             dots = _differentiate(dots, grad, outputs, grads, factors, live, whole, n, DOTS, COUNT, LANES, LANES)
     if DOTS:
@@ -274,9 +282,9 @@ def mixed_sum_bwd_kernel(
     VECTOR: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """grads[e*K + k] = factor[e, k] * grad, partials[e, program, k] = <grad, outputs[e*K + k]> over the program's share.
+    """grads[e*K + k] = factor[e, k] * grad; partials[e, program, k] = <grad, outputs[e*K + k]> in the program's share.
 
-    Grid (E * groups of candidates, programs): those that read the same part of grad run together and share it in the cache.
+    Grid (E * groups of candidates, programs): what reads the same part of grad runs together and shares the cache.
     An inactive edge reads nothing, writes zero gradients and zero partial sums.
     """
     ACC: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
@@ -332,8 +340,9 @@ def mixed_sum_bwd_finish_kernel(
     SHARED_MASK: tl.constexpr,
     SOFTMAX: tl.constexpr,
 ):
-    """Partial sums [E, programs, COLUMNS] -> gradients of alpha and mask; grid (E), or (1) where all edges share one mask."""
+    """Partial sums [E, programs, COLUMNS] -> gradients of alpha and mask; grid (E), or (1) if edges share the mask."""
     ACC: tl.constexpr = partials.dtype.element_ty
+    ABSENT: tl.constexpr = -float("inf") if SOFTMAX else 0.0
     candidates = tl.arange(0, COLUMNS)
     exists = candidates < K
     written = candidates < (K + GROUP - 1) // GROUP * GROUP
@@ -345,7 +354,7 @@ def mixed_sum_bwd_finish_kernel(
             rows = row + tl.arange(0, ROWS)[:, None]
             tile = partials + (e * programs + rows) * COLUMNS + candidates[None, :]
             d += tl.sum(tl.load(tile, mask=(rows < programs) & written[None, :], other=0.0), axis=0)  # [ROWS, COLUMNS]
-        w = tl.load(alpha + e * K + candidates, mask=exists, other=-float("inf") if SOFTMAX else 0.0).to(ACC)  # [COLUMNS]
+        w = tl.load(alpha + e * K + candidates, mask=exists, other=ABSENT).to(ACC)  # [COLUMNS]
         if SOFTMAX:
             w = tl.exp(w - tl.max(w))
             w = w / tl.sum(w)
@@ -370,13 +379,13 @@ def mixed_sum_bwd_finish_kernel(
         tl.store(grad_mask, shared_total)
 
 
-# ---- launchers ---------------------------------------------------------------------------------------------------------
+# ---- launchers -------------------------------------------------------------------------------------------------------
 
 
 def mixed_sum_forward(
     outputs: Sequence[Tensor | None], alpha: Tensor, mask: Tensor | None, active: Tensor | None, softmax: bool
 ) -> Tensor:
-    """y as mixed_sum defines it. Relies on the checks of op.py: tensors of one shape, dtype, device and dense strides."""
+    """The registered operator on CUDA. Relies on op.py: entries of one shape, dtype, device and dense strides."""
     y = torch.empty_like(next(output for output in outputs if output is not None))
     n, candidates = y.numel(), alpha.shape[-1]
     if n == 0:
@@ -416,7 +425,7 @@ def mixed_sum_backward(
     needs_output_grad: Sequence[bool],
     needs_parameter_grad: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(gradients asked for, in order; grad of alpha; grad of mask): the latter two empty where not asked for."""
+    """The registered operator on CUDA: gradients asked for, in order; of alpha; of mask (empty if not asked for)."""
     grads = [torch.empty_like(grad) if needed else None for needed in needs_output_grad]
     requested = [tensor for tensor in grads if tensor is not None]
     n, candidates = grad.numel(), alpha.shape[-1]
