@@ -42,9 +42,9 @@ def depthwise_conv2d(
         as those of torch.nn.functional.conv2d.
 
     Differentiable twice with respect to x and weight. On CPU tensors the C++ kernels run: sums in float32 (float64 for
-    float64), bit-reproducible on any number of threads. They are made for channels_last; contiguous tensors are read and
-    written in place too, an element instead of a vector at a time, which takes two to four times as long. Padding is
-    zeros multiplied like any other value: an infinite weight gives NaN there. CUDA tensors go through
+    float64), bit-reproducible on any number of threads. They are made for channels_last; contiguous ones are read
+    and written in place too, an element instead of a vector at a time, which takes two to four times as long. Padding
+    is zeros multiplied like any other value: an infinite weight gives NaN there. CUDA tensors go through
     torch.nn.functional.conv2d (there is no Triton kernel for this operator yet).
 
     Raises:
