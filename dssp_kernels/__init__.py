@@ -2,14 +2,18 @@
 
 from dssp_kernels.backend import get_backend, set_backend
 from dssp_kernels.batch_norm_mixed_sum.op import batch_norm_mixed_sum
+from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
+from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
 
 __all__ = [
+    "DepthwiseConv2d",
     "FusedMixedEdge",
     "FusedMixedNode",
     "PruningMask",
     "batch_norm_mixed_sum",
+    "depthwise_conv2d",
     "get_backend",
     "mixed_sum",
     "prune_matrix",
