@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.guards import guarded_allocations, in_margins
 from tests.kernels.mixtures import Mixture, eager, mixture, oracle, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, where NaN is due
@@ -22,33 +23,12 @@ from dssp_kernels.mixed_sum import triton_kernels  # noqa: E402  # imports trito
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # The interpreter truncates float32 to bfloat16 where the hardware rounds: one unit in the last place.
 SLACK = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-4, torch.bfloat16: 2.0**-7}
-MARGIN = 64
-CANARY = 12345.0
-
-
-def in_margins(values: Tensor, margin_value: float) -> tuple[Tensor, Tensor]:
-    """A copy of the same shape and strides inside a larger buffer, and that buffer."""
-    buffer = torch.full((values.numel() + 2 * MARGIN,), margin_value, dtype=values.dtype)
-    view = buffer.as_strided(values.shape, values.stride(), MARGIN)
-    return view.copy_(values), buffer
 
 
 @pytest.fixture(autouse=True)
-def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What launchers allocate starts as NaN, and nothing is written beside it."""
-    buffers: list[Tensor] = []
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def guard(allocated: Tensor) -> Tensor:
-        view, buffer = in_margins(allocated.fill_(torch.nan), CANARY)
-        buffers.append(buffer)
-        return view
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **keywords: guard(empty(*args, **keywords)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **keywords: guard(empty_like(*args, **keywords)))
-    yield
-    for buffer in buffers:
-        assert (buffer[:MARGIN] == CANARY).all() and (buffer[-MARGIN:] == CANARY).all()
+def guarded_memory() -> Iterator[None]:
+    with guarded_allocations():
+        yield
 
 
 def launch(
