@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "mask_lr": (0.1, 3e-3),
         "warmup_epochs": (2, 15),
         "prune_strategy": ("measured", "measured"),
-        "edge_budget": (0.5, 0.5),
+        "edge_budget": (0.4, 0.5),
         "retrain_epochs": (20, 0),
         "retrain_batch_size": (64, 96),
         "retrain_channels": (16, 36),

@@ -21,7 +21,7 @@ using Flags = std::vector<bool>;
 template <typename Scalar>
 using Sum = typename Lanes<Scalar>::Sum;
 
-// ---- tensors ---------------------------------------------------------------------------------------------------------
+// ---- tensors -------------------------------------------------------------------------------------------------------
 
 template <typename Use>
 void with_storage(ScalarType type, Use use) {

@@ -5,7 +5,7 @@ import os
 # Two threads that spin for each other on a machine that is busy elsewhere are many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402  # after the line above
+import torch  # after the line above
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, Triton kernels run interpreted

@@ -16,6 +16,10 @@
 #include <tuple>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "../cpu_mixture.h"
 
 namespace dssp {
@@ -29,14 +33,15 @@ using Tensors = std::vector<Tensor>;
 
 enum Kind : int64_t { kPlain, kRunning, kBatch };  // as in reference.py
 
-constexpr int64_t kPiece = 2048;       // elements; a piece of the gradient stays in the first-level cache for all entries
-constexpr int64_t kPeriods = 64;       // repetitions of the channels in a piece at least: what a sum per channel is worth
+constexpr int64_t kPiece = 2048;       // elements; a piece of the gradient stays in the cache for all entries
+constexpr int64_t kPeriods = 64;       // repetitions of the channels in a piece at least: to be worth a sum each
 constexpr int64_t kChunk = 32 * 1024;  // elements
 constexpr int64_t kMaxChunks = 256;    // partial sums per entry are at most this many, however large the tensors
 constexpr int64_t kShortRow = 16;      // elements; rows shorter than this are not worth a loop of their own
+constexpr int64_t kCached = 4 << 20;   // bytes of gradients above which writing them past the cache is faster
 constexpr int64_t kGrain = 32 * 1024;  // element visits below which a second thread costs more than it brings
 
-// ---- how channels lie in memory --------------------------------------------------------------------------------------
+// ---- how channels lie in memory ------------------------------------------------------------------------------------
 
 // A run of elements of which element i takes the coefficients at position table + i % period of a table of `lanes`.
 struct Piece {
@@ -87,8 +92,8 @@ class Walk {
 
   int64_t elements_per_channel() const { return elements / channels; }
 
-  // Calls use(chunk, first piece, last piece). Chunks depend on the size alone, so that no result depends on the number of
-  // threads. A second pass goes backwards: what the first one read last is still in the cache.
+  // Calls use(chunk, first piece, last piece). Chunks depend on the size alone, so that no result depends on the number
+  // of threads. A second pass goes backwards: what the first one read last is still in the cache.
   template <typename Use>
   void for_chunks(int64_t entries, bool backwards, Use use) const {
     const int64_t visits = pieces_per_chunk * piece_size_ * std::max<int64_t>(entries, 1);
@@ -123,8 +128,8 @@ DSSP_INLINE void store_some(Scalar* to, typename Lanes<Scalar>::Vector value, in
   store_first(to, value, count);
 }
 
-// Calls use(offset of the vector in the piece, offset in the table, vectors, distance of the vectors) so that every
-// element is visited once, in memory order but for groups of four vectors that share their coefficients.
+// Visits every element of a piece once: four(offset in the piece, offset in the table) for four vectors, a period
+// apart, that share their coefficients; one(offset, offset in the table, elements left) for each vector that remains.
 template <int64_t kWidth, typename Four, typename One>
 DSSP_INLINE void for_vectors(int64_t count, int64_t period, Four four, One one) {
   int64_t i = 0;
@@ -137,7 +142,7 @@ DSSP_INLINE void for_vectors(int64_t count, int64_t period, Four four, One one) 
   }
 }
 
-// ---- kernels: loops over pieces first .. last ------------------------------------------------------------------------
+// ---- kernels: loops over pieces first .. last ----------------------------------------------------------------------
 
 // Sums of the deviations d = x - reference from a value near the mean.
 struct Deviations {
@@ -191,11 +196,12 @@ struct LaneDeviations {
   }
 };
 
-// Shifted sums of one entry. The shift of a lane is the mean of the first eighth of what the lane sums up in a piece. The
-// mean of a fraction f of some numbers is at most sqrt(1/f - 1) standard deviations off the mean of all, so that the
-// sums in single precision lose a factor of eight (three bits) at worst, whatever the numbers are.
+// Shifted sums of one entry. The shift of a lane is the mean of the first eighth of what the lane sums up in a piece.
+// The mean of a fraction f of some numbers is at most sqrt(1/f - 1) standard deviations off the mean of all, so that
+// the sums in single precision lose a factor of eight (three bits) at worst, whatever the numbers are.
 template <typename Scalar>
-DSSP_INLINE void sum_deviations(const Scalar* input, const Walk& walk, int64_t first, int64_t last, LaneDeviations& sums) {
+DSSP_INLINE void sum_deviations(const Scalar* input, const Walk& walk, int64_t first, int64_t last,
+                                LaneDeviations& sums) {
   using L = Lanes<Scalar>;
   using Vector = typename L::Vector;
   constexpr int64_t w = L::width;
@@ -343,6 +349,29 @@ DSSP_INLINE void sum_products(const Scalar* grad, const Term<Scalar>* terms, int
   }
 }
 
+// Past the cache: what is written does not push out what is still to be read, and its lines are not read first.
+template <typename Scalar>
+DSSP_INLINE void store_streamed(Scalar* to, typename Lanes<Scalar>::Vector value) {
+#ifdef __SSE2__
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0) {
+    Scalar rounded[Lanes<Scalar>::width];
+    Lanes<Scalar>::store(rounded, value);
+    for (size_t byte = 0; byte < sizeof(rounded); byte += sizeof(__m128i)) {
+      const char* from = reinterpret_cast<const char*>(rounded) + byte;
+      _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(to) + byte), load_unaligned<__m128i>(from));
+    }
+    return;
+  }
+#endif
+  Lanes<Scalar>::store(to, value);
+}
+
+DSSP_INLINE void finish_streaming() {  // other threads read what was written
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // An entry of the backward pass: d_input = scale * grad + constant + slope * (input - mean), or without an input
 // d_input = scale * grad, or without a scale zeros.
 template <typename Scalar>
@@ -352,13 +381,16 @@ struct Gradient {
   const Sum<Scalar>*mean, *scale, *constant, *slope;  // tables
 };
 
-template <typename Scalar>
+template <bool kStreamed, typename Scalar>
 DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* entries, int64_t count, const Walk& walk,
                                  int64_t first, int64_t last) {
   using L = Lanes<Scalar>;
   using T = Lanes<Sum<Scalar>>;
   using Vector = typename L::Vector;
   const int64_t period = walk.period;
+  const auto store = [](Scalar* to, Vector value) DSSP_INLINE_LAMBDA {
+    kStreamed ? store_streamed(to, value) : L::store(to, value);
+  };
   for (int64_t p = first; p < last; ++p) {
     const Piece piece = walk.piece(p);
     const Scalar* g = grad + piece.begin;
@@ -373,7 +405,7 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
             piece.count, period,
             [&](int64_t i, int64_t j) DSSP_INLINE_LAMBDA {
               const Vector s = T::load(scale + j);
-              for (int64_t u = 0; u < 4; ++u) L::store(d + i + u * period, s * L::load(g + i + u * period));
+              for (int64_t u = 0; u < 4; ++u) store(d + i + u * period, s * L::load(g + i + u * period));
             },
             [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
               store_some(d + i, T::load(scale + j) * load_some(g + i, rest), rest);
@@ -388,12 +420,13 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
               const Vector slope = T::load(entry.slope + piece.table + j);
               for (int64_t u = 0; u < 4; ++u) {
                 const Vector deviation = L::load(x + i + u * period) - mean;
-                L::store(d + i + u * period, scale * L::load(g + i + u * period) + (constant + slope * deviation));
+                store(d + i + u * period, scale * L::load(g + i + u * period) + (constant + slope * deviation));
               }
             },
             [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
               const Vector deviation = load_some(x + i, rest) - T::load(entry.mean + piece.table + j);
-              const Vector shift = T::load(entry.constant + piece.table + j) + T::load(entry.slope + piece.table + j) * deviation;
+              const Vector slope = T::load(entry.slope + piece.table + j);
+              const Vector shift = T::load(entry.constant + piece.table + j) + slope * deviation;
               store_some(d + i, T::load(entry.scale + piece.table + j) * load_some(g + i, rest) + shift, rest);
             });
       }
@@ -417,14 +450,18 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
   }                                                                                                                   \
   DSSP_CLONES void gradients_loop(const Scalar* grad, const Gradient<Scalar>* entries, int64_t count,                 \
                                   const Walk& walk, int64_t first, int64_t last) {                                    \
-    write_gradients<Scalar>(grad, entries, count, walk, first, last);                                                 \
+    write_gradients<false, Scalar>(grad, entries, count, walk, first, last);                                          \
+  }                                                                                                                   \
+  DSSP_CLONES void streamed_gradients_loop(const Scalar* grad, const Gradient<Scalar>* entries, int64_t count,        \
+                                           const Walk& walk, int64_t first, int64_t last) {                           \
+    write_gradients<true, Scalar>(grad, entries, count, walk, first, last);                                           \
   }
 DSSP_BATCH_NORM_LOOPS(float)
 DSSP_BATCH_NORM_LOOPS(double)
 DSSP_BATCH_NORM_LOOPS(BFloat16)
 DSSP_BATCH_NORM_LOOPS(Half)
 
-// ---- entries and their statistics ------------------------------------------------------------------------------------
+// ---- entries and their statistics ----------------------------------------------------------------------------------
 
 const Tensor* entry_of(const Entries& entries, int64_t i) {  // lists without any entry stand for lists of None
   return entries.empty() || !entries[i] ? nullptr : &*entries[i];
@@ -435,7 +472,7 @@ const Scalar* data_of(const Tensor& tensor) {
   return static_cast<const Scalar*>(tensor.const_data_ptr());
 }
 
-// What an entry is multiplied with and shifted by, per channel: y += coefficient * ((o - mean) * inverse * weight + bias).
+// What an entry goes through, per channel: y += coefficient * ((o - mean) * inverse * weight + bias).
 struct Channels {
   std::vector<double> mean, inverse, weight, bias;
 
@@ -503,7 +540,7 @@ void batch_statistics(const Walk& walk, const Entries& outputs, const Integers& 
   }
 }
 
-// ---- the two passes that know all entries ----------------------------------------------------------------------------
+// ---- the two passes that know all entries --------------------------------------------------------------------------
 
 // What the operators are told about the norms, with the mixture's coefficients.
 struct Norms {
@@ -615,8 +652,14 @@ void write_output_gradients(const Walk& walk, const Tensor& grad, const Entries&
     gradient.slope = slopes.fill(i, slope);
   }
   if (gradients.empty()) return;
+  const bool streamed = static_cast<int64_t>(gradients.size() * sizeof(Scalar)) * walk.elements > kCached;
   walk.for_chunks(2 * gradients.size(), true, [&](int64_t, int64_t first, int64_t last) {
-    gradients_loop(data_of<Scalar>(grad), gradients.data(), gradients.size(), walk, first, last);
+    if (streamed) {
+      streamed_gradients_loop(data_of<Scalar>(grad), gradients.data(), gradients.size(), walk, first, last);
+      finish_streaming();
+    } else {
+      gradients_loop(data_of<Scalar>(grad), gradients.data(), gradients.size(), walk, first, last);
+    }
   });
 }
 
@@ -632,7 +675,7 @@ Tensor empty_statistics(int64_t entries, int64_t channels, double value) {
 std::tuple<Tensor, Tensor, Tensor> batch_norm_mixed_sum_forward(
     Entries outputs, Tensor alpha, std::optional<Tensor> mask, std::optional<Tensor> active, Entries weights,
     Entries biases, Entries running_means, Entries running_variances, Integers kinds, Doubles eps, bool softmax) {
-  const auto present = std::find_if(outputs.begin(), outputs.end(), [](const auto& entry) { return entry.has_value(); });
+  const auto present = std::find_if(outputs.begin(), outputs.end(), [](const auto& o) { return o.has_value(); });
   STD_TORCH_CHECK(present != outputs.end(), "batch_norm_mixed_sum_forward: at least one entry must be a tensor");
   const Mixture mixture(outputs.size(), alpha, mask, active, softmax);
   Tensor result = empty_as(**present);
@@ -646,7 +689,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_mixed_sum_forward(
     if (kinds[i] == kBatch) batch.push_back(i);
     if (kinds[i] != kRunning) continue;
     const Tensor *running_mean = entry_of(running_means, i), *running_variance = entry_of(running_variances, i);
-    STD_TORCH_CHECK(running_mean && running_variance, "batch_norm_mixed_sum_forward: an entry has no running statistics");
+    STD_TORCH_CHECK(running_mean && running_variance, "batch_norm_mixed_sum_forward: no running statistics");
     const Doubles m = read_scalars(*running_mean), v = read_scalars(*running_variance);
     std::copy(m.begin(), m.end(), mean + i * channels);
     std::copy(v.begin(), v.end(), variance + i * channels);
@@ -667,8 +710,7 @@ std::tuple<Tensors, Tensor, Tensor> batch_norm_mixed_sum_backward(
     Flags needs_output_grad, Flags needs_weight_grad, Flags needs_bias_grad, bool needs_parameter_grad) {
   Mixture mixture(outputs.size(), alpha, mask, active, softmax);
   const int64_t entries = outputs.size(), channels = grad.size(1);
-  const Norms norms{weights, biases, kinds, eps, static_cast<const double*>(means.const_data_ptr()),
-                    static_cast<const double*>(variances.const_data_ptr())};
+  const Norms norms{weights, biases, kinds, eps, data_of<double>(means), data_of<double>(variances)};
   Tensors requested;
   Entries d_outputs(entries);
   Flags is_read(entries);
@@ -722,9 +764,9 @@ void update(Tensor& running, const double* values, int64_t channels, double fact
   write_scalars_into(running, updated);
 }
 
-void batch_norm_update_running_statistics(Tensors running_means, Tensors running_variances, Tensors counters, Tensor mean,
-                                          Tensor variance, std::optional<Tensor> active, Integers entries,
-                                          Doubles momenta, int64_t count) {
+void batch_norm_update_running_statistics(Tensors running_means, Tensors running_variances, Tensors counters,
+                                          Tensor mean, Tensor variance, std::optional<Tensor> active,
+                                          Integers entries, Doubles momenta, int64_t count) {
   const int64_t channels = mean.size(1), edges = active ? active->numel() : 1, candidates = mean.size(0) / edges;
   const auto* is_active = active ? static_cast<const bool*>(active->const_data_ptr()) : nullptr;
   const double unbiased = static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1));
@@ -734,8 +776,8 @@ void batch_norm_update_running_statistics(Tensors running_means, Tensors running
     if (count == 0) continue;
     const double share = momenta[i] < 0 ? 1.0 / static_cast<double>(batches) : momenta[i];
     const int64_t row = entries[i] * channels;
-    update(running_means[i], static_cast<const double*>(mean.const_data_ptr()) + row, channels, 1.0, share);
-    update(running_variances[i], static_cast<const double*>(variance.const_data_ptr()) + row, channels, unbiased, share);
+    update(running_means[i], data_of<double>(mean) + row, channels, 1.0, share);
+    update(running_variances[i], data_of<double>(variance) + row, channels, unbiased, share);
   }
 }
 

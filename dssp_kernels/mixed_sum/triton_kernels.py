@@ -34,6 +34,10 @@ def _block(itemsize: int, candidates: int) -> tuple[int, int]:
     return THREADS * vector * (4 if candidates <= 2 else 2 if candidates <= 4 else 1), vector
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes ten times as long, and launches are what a supernet waits for
+
+
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
@@ -392,7 +396,7 @@ def mixed_sum_forward(
         return y
     edges = len(outputs) // candidates
     block, vector = _block(y.element_size(), candidates)
-    grid = (triton.cdiv(n // vector * vector, block) + (n % vector > 0),)
+    grid = (_cdiv(n // vector, block // vector) + (n % vector > 0),)
     with torch.cuda.device_of(y):
         mixed_sum_fwd_kernel[grid](
             y,
@@ -437,15 +441,15 @@ def mixed_sum_backward(
     if not requested and not needs_parameter_grad:
         return requested, grad_alpha, grad_mask
     block, vector = _block(grad.element_size(), candidates)
-    programs = min(PROGRAMS, triton.cdiv(n, block))
-    columns = triton.next_power_of_2(candidates)
+    programs = min(PROGRAMS, _cdiv(n, block))
+    columns = 1 << (candidates - 1).bit_length()  # the next power of two
     shared_mask = mask is not None and mask.numel() < edges
     with torch.cuda.device_of(grad):
         partials = None
         if needs_parameter_grad:
             dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
             partials = torch.empty((edges, programs, columns), dtype=dtype, device=grad.device)
-        mixed_sum_bwd_kernel[(edges * triton.cdiv(candidates, GROUP), programs)](
+        mixed_sum_bwd_kernel[(edges * _cdiv(candidates, GROUP), programs)](
             grad,
             tuple(outputs) if needs_parameter_grad else (None,) * len(outputs),
             tuple(grads),
