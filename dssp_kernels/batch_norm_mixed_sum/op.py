@@ -385,6 +385,7 @@ def _update_fake(*_arguments: Any) -> None:
     return None
 
 
+@torch.no_grad()
 def _reference_forward(outputs: Entries, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, variance = batch_norm_mixed_sum_reference(outputs, *arguments)
     return empty_as(next(output for output in outputs if output is not None)).copy_(y), mean, variance

@@ -35,8 +35,8 @@ def batch_norm_mixed_sum_reference(
     first = next(output for output in outputs if output is not None)
     sum_dtype = torch.promote_types(first.dtype, torch.float32)
     candidates = alpha.shape[-1]
-    statistics = torch.zeros(2, len(outputs), first.shape[1], dtype=torch.float64, device=first.device)
-    statistics[1] = 1
+    means = torch.zeros(len(outputs), first.shape[1], dtype=torch.float64, device=first.device)
+    variances = torch.ones_like(means)
     normalised: list[Tensor | None] = []
     for i, output in enumerate(outputs):
         if output is None:
@@ -50,7 +50,7 @@ def batch_norm_mixed_sum_reference(
                 variance, mean = _variance_and_mean(x)
             else:
                 mean, variance = running_means[i].to(sum_dtype), running_variances[i].to(sum_dtype)  # type: ignore[union-attr]
-            statistics[0, i], statistics[1, i] = mean.detach(), variance.detach()
+            means[i], variances[i] = mean.detach(), variance.detach()
             if active is not None:
                 variance = torch.where(active[i // candidates], variance, 1.0)
             x = (x - _per_channel(mean)) * _per_channel((variance + eps[i]).rsqrt())
@@ -60,7 +60,7 @@ def batch_norm_mixed_sum_reference(
                 x = x + _per_channel(biases[i].to(sum_dtype))  # type: ignore[union-attr]
         normalised.append(x)
     y = mixed_sum_reference(normalised, alpha, mask, softmax, active)
-    return y.to(first.dtype), statistics[0], statistics[1]
+    return y.to(first.dtype), means, variances
 
 
 def _variance_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:

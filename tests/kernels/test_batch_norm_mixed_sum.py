@@ -411,6 +411,7 @@ def _operator_arguments(c: Case) -> tuple[list[object], list[object]]:
     return forward, backward
 
 
+@with_cpu_kernels  # without them the operators are autograd on the reference, which opcheck runs below autograd
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_opcheck(training: bool) -> None:
     c = case((2, 3, 2, 2), ["affine", "plain", "stats"], edges=2, training=training, inactive=[1])
