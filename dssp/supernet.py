@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dssp.network import STEM_MULTIPLIER
 from dssp.spaces import CellSpace
 from dssp.spaces.operations import FactorizedReduce, ReLUConvBN, build_candidate
-from dssp_kernels import FusedMixedEdge, FusedMixedNode
+from dssp_kernels import FusedMixedEdge, FusedMixedNode, SharedOutputs
 
 CELL_TYPES = ("normal", "reduce")
 
@@ -52,8 +52,9 @@ class SearchCell(nn.Module):
         """alpha, mask: per node, [edges, candidates] and [edges]."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         inputs = len(states)
+        shared = SharedOutputs()
         for node, node_alpha, node_mask in zip(self._nodes, alpha, mask, strict=True):
-            states.append(node(states, node_alpha, node_mask))
+            states.append(node(states, node_alpha, node_mask, shared))
         return torch.cat(states[inputs:], dim=1)
 
 

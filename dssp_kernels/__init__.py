@@ -6,12 +6,14 @@ from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
+from dssp_kernels.sharing import SharedOutputs
 
 __all__ = [
     "DepthwiseConv2d",
     "FusedMixedEdge",
     "FusedMixedNode",
     "PruningMask",
+    "SharedOutputs",
     "batch_norm_mixed_sum",
     "depthwise_conv2d",
     "get_backend",

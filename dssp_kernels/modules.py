@@ -14,6 +14,7 @@ from dssp_kernels.backend import implementation_for
 from dssp_kernels.batch_norm_mixed_sum.op import batch_norm_mixed_sum
 from dssp_kernels.folding import Parts, describe, norms_shared, parts_of
 from dssp_kernels.mixed_sum.op import mixed_sum
+from dssp_kernels.sharing import SharedOutputs
 
 Candidates = tuple[list[Tensor | None], list[nn.BatchNorm2d | None]]
 """What the candidates give, and the norms that are still to be applied to it, or None."""
@@ -99,10 +100,11 @@ class FusedMixedEdge(nn.Module):
             self._removed = _without_data(self._ops)
             self._ops = nn.ModuleList()
 
-    def candidate_outputs(self, x: Tensor, training: bool) -> Candidates:
+    def candidate_outputs(self, x: Tensor, training: bool, shared: SharedOutputs | None = None) -> Candidates:
         """What the candidates make of x, and the norms left to the mix: K entries each, all None when pruned.
 
         Norms in another mode than the one given are applied at once (frozen ones, say), and all where no kernel would.
+        Pools that `shared` holds already are not run again.
         """
         if self._pruned:
             return [None] * self.candidates, [None] * self.candidates
@@ -110,8 +112,15 @@ class FusedMixedEdge(nn.Module):
         outputs: list[Tensor | None] = []
         norms: list[nn.BatchNorm2d | None] = []
         for op, is_shared in zip(self._ops, self._norm_is_shared, strict=True):
-            parts = parts_of(op) if folds and not is_shared else ""
-            if isinstance(parts, Parts) and parts.norm.training == training:
+            found = None if shared is None or is_shared else shared.of(op, x)
+            parts = parts_of(op) if folds and not is_shared and found is None else ""
+            if found is not None:
+                output, norm = found
+                if norm is not None and not (folds and norm.training == training):
+                    output, norm = norm(output), None
+                outputs.append(output)
+                norms.append(norm)
+            elif isinstance(parts, Parts) and parts.norm.training == training:
                 outputs.append(parts.before_norm(x))
                 norms.append(parts.norm)
             else:
@@ -183,15 +192,24 @@ class FusedMixedNode(nn.Module):
                 raise ValueError(f"edges[{i}]: either every edge of a node owns alpha (and a mask) or none does")
         self.relaxation = first.relaxation
 
-    def forward(self, states: Sequence[Tensor], alpha: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Sum over the edges; ``states[e]`` enters edge e. alpha [E, K] and mask [E] default to the edges' own."""
+    def forward(
+        self,
+        states: Sequence[Tensor],
+        alpha: Tensor | None = None,
+        mask: Tensor | None = None,
+        shared: SharedOutputs | None = None,
+    ) -> Tensor:
+        """Sum over the edges; ``states[e]`` enters edge e. alpha [E, K] and mask [E] default to the edges' own.
+
+        Nodes that are given one `shared` in the same forward pass run a pool once per state, not once per edge.
+        """
         if len(states) != len(self.edges):
             raise ValueError(f"states: expected one tensor per edge ({len(self.edges)}), got {len(states)}")
         training = self.edges[0].training  # of the edges: the node itself may be a mere grouping of them
         outputs: list[Tensor | None] = []
         norms: list[nn.BatchNorm2d | None] = []
         for edge, state in zip(self.edges, states, strict=True):
-            edge_outputs, edge_norms = edge.candidate_outputs(state, training)  # type: ignore[operator]  # yields Module
+            edge_outputs, edge_norms = edge.candidate_outputs(state, training, shared)  # type: ignore[operator]  # Module
             outputs += edge_outputs
             norms += edge_norms
         if all(output is None for output in outputs):

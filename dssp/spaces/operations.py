@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dssp.spaces.relu_diagonals import relu_diagonals
 from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 
 BodyAndNorm = tuple[Sequence[Callable[[Tensor], Tensor]], nn.Module]
@@ -104,7 +104,6 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, affine: bool = True) -> None:
         super().__init__()
-        self.relu = nn.ReLU()
         self.conv_1 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
         self.conv_2 = nn.Conv2d(c_in, c_out - c_out // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(c_out, affine=affine)
@@ -116,12 +115,8 @@ class FactorizedReduce(nn.Module):
         return [self._halves], self.bn
 
     def _halves(self, x: Tensor) -> Tensor:
-        x = self.relu(x)
-        odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
-        shifted = x[:, :, 1::2, 1::2]
-        if odd_height or odd_width:
-            shifted = F.pad(shifted, (0, odd_width, 0, odd_height))
-        return torch.cat([self.conv_1(x[:, :, ::2, ::2]), self.conv_2(shifted)], dim=1)
+        even, odd = relu_diagonals(x).chunk(2, dim=1)
+        return torch.cat([self.conv_1(even), self.conv_2(odd)], dim=1)
 
 
 def _skip_connect(channels: int, stride: int, affine: bool) -> nn.Module:

@@ -1,0 +1,72 @@
+"""SharedOutputs: candidates without parameters, run once for all edges that leave the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dssp_kernels.folding import Parts, _is_watched, parts_of
+
+_POOL_SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+}
+
+
+class SharedOutputs:
+    """What pools have made of the states of a cell during one forward pass.
+
+    A pool has no parameters, and neither has the BatchNorm2d(affine=False) that DARTS puts after it: on every edge that
+    leaves a state it computes the same tensor from the same batch statistics. Edges given one SharedOutputs compute it
+    once. Each edge's norm still updates its own running statistics, as torch.nn.BatchNorm2d does; in eval mode, where
+    these decide, only the pool is shared.
+    """
+
+    def __init__(self) -> None:
+        self._outputs: dict[Hashable, Tensor] = {}
+        self._batch_norms: dict[Hashable, tuple[Tensor, Tensor, Tensor]] = {}
+        self._inputs: list[Tensor] = []  # kept alive, so that no other tensor can take the id() of one of them
+
+    def of(self, candidate: nn.Module | None, x: Tensor) -> tuple[Tensor, nn.BatchNorm2d | None] | None:
+        """What a candidate that is a pool makes of x, and its norm if that is still to be applied; None for any other.
+
+        A pool with hooks, or whose norm does not fold (see dssp_kernels.folding), counts as any other candidate.
+        """
+        parts = parts_of(candidate)
+        if isinstance(parts, Parts):
+            pool, norm = (parts.body[0] if len(parts.body) == 1 else None), parts.norm
+        else:
+            pool, norm = candidate, None
+        if not isinstance(pool, nn.Module) or type(pool) not in _POOL_SETTINGS or _is_watched(pool):
+            return None
+        if norm is not None and norm.training and norm.weight is None and norm.momentum is not None:
+            return self._normalised(pool, norm, x), None
+        return self._pooled(pool, x), norm
+
+    def _pooled(self, pool: nn.Module, x: Tensor) -> Tensor:
+        key = id(x), type(pool), *(getattr(pool, name) for name in _POOL_SETTINGS[type(pool)])
+        if key not in self._outputs:
+            self._inputs.append(x)
+            self._outputs[key] = pool(x)
+        return self._outputs[key]
+
+    def _normalised(self, pool: nn.Module, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        """norm(pool(x)) by batch statistics; updates the norm's running ones."""
+        pooled = self._pooled(pool, x)
+        key = id(pooled), norm.eps
+        if key not in self._batch_norms:
+            dtype = torch.promote_types(pooled.dtype, torch.float32)
+            mean, variance = torch.zeros(2, pooled.shape[1], dtype=dtype, device=pooled.device)
+            y = F.batch_norm(pooled, mean, variance, training=True, momentum=1.0, eps=norm.eps)
+            self._batch_norms[key] = y, mean, variance  # momentum 1: the running statistics are those of the batch
+        y, mean, variance = self._batch_norms[key]
+        if norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None:
+            with torch.no_grad():
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+                norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+                if norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.add_(1)
+        return y

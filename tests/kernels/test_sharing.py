@@ -1,0 +1,90 @@
+"""Shared pools: one run per state, and everything else as if each edge had run its own."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dssp_kernels import FusedMixedEdge, FusedMixedNode, SharedOutputs
+
+
+class CountedMaxPool(nn.MaxPool2d):
+    """Of another class than nn.MaxPool2d: it may compute anything."""
+
+
+def candidates(affine: bool = False, momentum: float | None = 0.1) -> list[nn.Module]:
+    return [
+        nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(4, affine=affine, momentum=momentum)),
+        nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.BatchNorm2d(4, affine=affine)),
+        nn.AvgPool2d(3, 1, 1),
+        nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4, affine=False)),
+    ]
+
+
+def two_nodes(**settings: object) -> list[FusedMixedNode]:
+    return [FusedMixedNode(FusedMixedEdge(candidates(**settings)) for _ in range(2)) for _ in range(2)]  # type: ignore[arg-type]
+
+
+def run(nodes: list[FusedMixedNode], states: list[Tensor], share: bool) -> tuple[Tensor, ...]:
+    shared = SharedOutputs() if share else None
+    y = torch.stack([node(states, shared=shared) for node in nodes])
+    parameters = [p for node in nodes for p in node.parameters()]
+    direction = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+    return y, *torch.autograd.grad(y, [*states, *parameters], direction)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"affine": True}, {"momentum": None}])
+def test_shared_nodes_give_the_same_outputs_gradients_and_buffers(training: bool, settings: dict) -> None:
+    alone = nn.ModuleList(two_nodes(**settings)).train(training)
+    for i, norm in enumerate(m for m in alone.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.fill_(i / 10)  # every edge has a history of its own
+        norm.running_var.fill_(1 + i / 10)
+    together = copy.deepcopy(alone)
+    states = [torch.randn(3, 4, 5, 6).requires_grad_() for _ in range(2)]
+    for _ in range(2):
+        expected, found = run(list(alone), states, share=False), run(list(together), states, share=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.state_dict(), alone.state_dict())
+
+
+def test_a_pool_runs_once_per_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    original = nn.MaxPool2d.forward
+    monkeypatch.setattr(nn.MaxPool2d, "forward", lambda self, x: (runs.append(id(x)), original(self, x))[1])
+    states = [torch.randn(2, 4, 5, 5) for _ in range(2)]
+    run_twice = two_nodes()
+    for share, expected in ((False, 4), (True, 2)):
+        runs.clear()
+        shared = SharedOutputs() if share else None
+        for node in run_twice:
+            node(states, shared=shared)
+        assert len(runs) == expected
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [nn.MaxPool2d(5, 1, 2), nn.MaxPool2d(3, 1, 1, ceil_mode=True), nn.AvgPool2d(3, 1, 1), CountedMaxPool(3, 1, 1)],
+)
+def test_only_pools_of_the_same_settings_are_shared(odd: nn.Module) -> None:
+    shared, x = SharedOutputs(), torch.randn(2, 4, 5, 5)
+    first = shared.of(nn.MaxPool2d(3, 1, 1), x)
+    again, other = shared.of(nn.MaxPool2d(3, 1, 1), x), shared.of(odd, x)
+    assert first is not None and again is not None and again[0] is first[0]
+    assert other is None or other[0] is not first[0]
+
+
+def test_a_pool_that_is_watched_runs_for_its_own_edge() -> None:
+    pool, seen = nn.MaxPool2d(3, 1, 1), []
+    pool.register_forward_hook(lambda *arguments: seen.append(1))
+    assert SharedOutputs().of(pool, torch.randn(1, 4, 5, 5)) is None
+    assert SharedOutputs().of(nn.Sequential(pool, nn.BatchNorm2d(4)), torch.randn(1, 4, 5, 5)) is None
+
+
+def test_states_that_look_alike_are_not_mixed_up() -> None:
+    shared, pool = SharedOutputs(), nn.MaxPool2d(3, 1, 1)
+    for _ in range(5):  # each input dies after its turn: its id() may come again
+        x = torch.randn(1, 4, 5, 5)
+        found = shared.of(pool, x)
+        assert found is not None and torch.equal(found[0], pool(x))
