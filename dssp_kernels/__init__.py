@@ -2,10 +2,12 @@
 
 from dssp_kernels.backend import get_backend, set_backend
 from dssp_kernels.batch_norm_mixed_sum.op import batch_norm_mixed_sum
+from dssp_kernels.convert import fuse_mixed_ops
 from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
+from dssp_kernels.separable_conv.op import separable_conv2d
 from dssp_kernels.sharing import SharedOutputs
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "SharedOutputs",
     "batch_norm_mixed_sum",
     "depthwise_conv2d",
+    "fuse_mixed_ops",
     "get_backend",
     "mixed_sum",
     "prune_matrix",
+    "separable_conv2d",
     "set_backend",
 ]

@@ -1,60 +1,17 @@
-// What the CPU kernels of a mixture share: tensors by storage type, and the small side (alpha, mask, active).
+// What the CPU kernels of a mixture share: the small side (alpha, mask, active).
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
 
-#include "cpu_vectors.h"
+#include "cpu_tensors.h"
 
 namespace dssp {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Entries = std::vector<std::optional<Tensor>>;
 using Flags = std::vector<bool>;
-
-template <typename Scalar>
-using Sum = typename Lanes<Scalar>::Sum;
-
-// ---- tensors -------------------------------------------------------------------------------------------------------
-
-template <typename Use>
-void with_storage(ScalarType type, Use use) {
-  switch (type) {
-    case ScalarType::Float: return use(float{});
-    case ScalarType::Double: return use(double{});
-    case ScalarType::BFloat16: return use(BFloat16{});
-    case ScalarType::Half: return use(Half{});
-    default: STD_TORCH_CHECK(false, "expected a floating-point tensor");
-  }
-}
-
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
-inline Tensor empty_strided(Sizes sizes, Sizes strides, int32_t dtype) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-inline int32_t dtype_of(const Tensor& tensor) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
-inline Tensor empty_as(const Tensor& like) { return empty_strided(like.sizes(), like.strides(), dtype_of(like)); }
-
-inline Tensor no_elements(const Tensor& like) {
-  const int64_t size = 0, stride = 1;
-  return empty_strided({&size, 1}, {&stride, 1}, dtype_of(like));
-}
 
 // ---- the small side: alpha, mask, active ---------------------------------------------------------------------------
 

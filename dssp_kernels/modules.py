@@ -20,7 +20,37 @@ Candidates = tuple[list[Tensor | None], list[nn.BatchNorm2d | None]]
 """What the candidates give, and the norms that are still to be applied to it, or None."""
 
 
-def _mix(candidates: Candidates, training: bool, alpha: Tensor, mask: Tensor | None, relaxation: str) -> Tensor:
+def run_candidates(
+    ops: Iterable[nn.Module | None],
+    norm_is_shared: Sequence[bool],
+    x: Tensor,
+    training: bool,
+    shared: SharedOutputs | None = None,
+) -> Candidates:
+    """What the candidates make of x, and the norms left to the mix; see FusedMixedEdge.candidate_outputs()."""
+    folds = implementation_for(x.device) != "reference"
+    outputs: list[Tensor | None] = []
+    norms: list[nn.BatchNorm2d | None] = []
+    for op, is_shared in zip(ops, norm_is_shared, strict=True):
+        found = None if shared is None or is_shared else shared.of(op, x)
+        parts = parts_of(op) if folds and not is_shared and found is None else ""
+        if found is not None:
+            output, norm = found
+            if norm is not None and not (folds and norm.training == training):
+                output, norm = norm(output), None
+            outputs.append(output)
+            norms.append(norm)
+        elif isinstance(parts, Parts) and parts.norm.training == training:
+            outputs.append(parts.before_norm(x))
+            norms.append(parts.norm)
+        else:
+            outputs.append(None if op is None else op(x))
+            norms.append(None)
+    return outputs, norms
+
+
+def mix(candidates: Candidates, training: bool, alpha: Tensor, mask: Tensor | None, relaxation: str) -> Tensor:
+    """One kernel over what run_candidates() gave."""
     outputs, norms = candidates
     if any(norm is not None for norm in norms):
         return batch_norm_mixed_sum(outputs, alpha, mask, norms=norms, training=training, relaxation=relaxation)
@@ -98,7 +128,7 @@ class FusedMixedEdge(nn.Module):
         self.prune()
         if not self._removed:
             self._removed = _without_data(self._ops)
-            self._ops = nn.ModuleList()
+            self._ops._modules.clear()
 
     def candidate_outputs(self, x: Tensor, training: bool, shared: SharedOutputs | None = None) -> Candidates:
         """What the candidates make of x, and the norms left to the mix: K entries each, all None when pruned.
@@ -108,25 +138,7 @@ class FusedMixedEdge(nn.Module):
         """
         if self._pruned:
             return [None] * self.candidates, [None] * self.candidates
-        folds = implementation_for(x.device) == "cpu"
-        outputs: list[Tensor | None] = []
-        norms: list[nn.BatchNorm2d | None] = []
-        for op, is_shared in zip(self._ops, self._norm_is_shared, strict=True):
-            found = None if shared is None or is_shared else shared.of(op, x)
-            parts = parts_of(op) if folds and not is_shared and found is None else ""
-            if found is not None:
-                output, norm = found
-                if norm is not None and not (folds and norm.training == training):
-                    output, norm = norm(output), None
-                outputs.append(output)
-                norms.append(norm)
-            elif isinstance(parts, Parts) and parts.norm.training == training:
-                outputs.append(parts.before_norm(x))
-                norms.append(parts.norm)
-            else:
-                outputs.append(None if op is None else op(x))
-                norms.append(None)
-        return outputs, norms
+        return run_candidates(self._ops, self._norm_is_shared, x, training, shared)
 
     def forward(self, x: Tensor, alpha: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Mix the candidates' outputs; alpha [K] and mask [1] default to the edge's own."""
@@ -136,7 +148,7 @@ class FusedMixedEdge(nn.Module):
         if alpha is None:
             raise ValueError("alpha: this edge owns none (alpha=False), expected a tensor [K] in forward()")
         mask = self.mask if mask is None else mask
-        return _mix(self.candidate_outputs(x, self.training), self.training, alpha, mask, self.relaxation)
+        return mix(self.candidate_outputs(x, self.training), self.training, alpha, mask, self.relaxation)
 
     def zero_output(self, x: Tensor) -> Tensor:
         """Zeros in the shape the candidates would give for x, found once per shape on copies without data."""
@@ -220,7 +232,7 @@ class FusedMixedNode(nn.Module):
             alpha = torch.stack([edge.alpha for edge in self.edges])  # type: ignore[misc]
         if mask is None and self.edges[0].mask is not None:
             mask = torch.cat([edge.mask.reshape(1) for edge in self.edges])  # type: ignore[operator]
-        return _mix((outputs, norms), training, alpha, mask, self.relaxation)
+        return mix((outputs, norms), training, alpha, mask, self.relaxation)
 
 
 class PruningMask(nn.Module):

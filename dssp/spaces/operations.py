@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dssp.spaces.relu_diagonals import relu_diagonals
-from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
+from dssp_kernels import DepthwiseConv2d, separable_conv2d
 
 BodyAndNorm = tuple[Sequence[Callable[[Tensor], Tensor]], nn.Module]
 """What an operation does before its last BatchNorm2d, and that: what dssp_kernels.folding asks for."""
@@ -33,8 +33,22 @@ class ReLUConvBN(nn.Module):
         return body, norm
 
 
+def _separable(depthwise: nn.Module, pointwise: nn.Module, x: Tensor) -> Tensor:
+    """pointwise(depthwise(x)) in one kernel."""
+    assert isinstance(depthwise, DepthwiseConv2d) and isinstance(pointwise, nn.Conv2d)
+    return separable_conv2d(
+        x,
+        depthwise.weight,
+        pointwise.weight,
+        stride=depthwise.stride,
+        padding=depthwise.padding,  # type: ignore[arg-type]  # a DepthwiseConv2d has numbers here, never a word
+        dilation=depthwise.dilation,
+        relu=depthwise.relu,
+    )
+
+
 class DilConv(nn.Module):
-    """ReLU (inside the depthwise kernel), dilated depthwise convolution, pointwise convolution, BatchNorm."""
+    """ReLU, dilated depthwise convolution and pointwise convolution (in one kernel), BatchNorm."""
 
     def __init__(
         self, c_in: int, c_out: int, kernel_size: int, stride: int, padding: int, dilation: int, affine: bool = True
@@ -48,15 +62,17 @@ class DilConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return self.op[3](self._convolutions(x))
 
     def body_and_norm(self) -> BodyAndNorm:
-        *body, norm = self.op
-        return body, norm
+        return [self._convolutions], self.op[3]
+
+    def _convolutions(self, x: Tensor) -> Tensor:
+        return _separable(self.op[1], self.op[2], x)
 
 
 class SepConv(nn.Module):
-    """ReLU (inside the depthwise kernel), depthwise, pointwise, BatchNorm, twice; only the first depthwise strides."""
+    """ReLU, depthwise, pointwise (in one kernel), BatchNorm, twice; only the first depthwise convolution strides."""
 
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int, padding: int, affine: bool = True) -> None:
         super().__init__()
@@ -72,11 +88,16 @@ class SepConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return self.op[7](self._second(self.op[3](self._first(x))))
 
     def body_and_norm(self) -> BodyAndNorm:
-        *body, norm = self.op
-        return body, norm
+        return [self._first, self.op[3], self._second], self.op[7]
+
+    def _first(self, x: Tensor) -> Tensor:
+        return _separable(self.op[1], self.op[2], x)
+
+    def _second(self, x: Tensor) -> Tensor:
+        return _separable(self.op[5], self.op[6], x)
 
 
 class Identity(nn.Module):

@@ -1,4 +1,4 @@
-"""depthwise_conv2d: the public function, its argument checks, the autograd.Function and the registered operators."""
+"""depthwise_conv2d: the public function, the autograd.Function and the registered operators."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dssp_kernels.backend import WHY_NO_CPU_KERNELS, implementation_for
+from dssp_kernels.depthwise_conv.arguments import autocast, checked_convolution, layout_of, output_size
 from dssp_kernels.depthwise_conv.reference import depthwise_conv2d_reference
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def depthwise_conv2d(
@@ -51,72 +50,13 @@ def depthwise_conv2d(
         TypeError, ValueError: naming the argument, what came and what was expected.
         RuntimeError: the backend asked for with set_backend() cannot run on this device.
     """
-    _check_tensors(x, weight)
-    strides = _pair("stride", stride, 1)
-    paddings = _pair("padding", padding, 0)
-    dilations = _pair("dilation", dilation, 1)
-    _check_output_size(x, weight, strides, paddings, dilations)
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        x, weight = _autocast(x), _autocast(weight)
+    strides, paddings, dilations = checked_convolution(x, weight, stride, padding, dilation)
+    x, weight = autocast(x, weight)
     if x.dtype != weight.dtype:
         raise TypeError(f"weight: expected x's dtype {x.dtype}, got {weight.dtype}")
-    if device == "meta" or implementation_for(x.device) != "cpu":
+    if x.device.type == "meta" or implementation_for(x.device) != "cpu":
         return depthwise_conv2d_reference(x, weight, strides, paddings, dilations, relu)
     return _DepthwiseConv2d.apply(x, weight, strides, paddings, dilations, relu)
-
-
-# ---- argument checks -------------------------------------------------------------------------------------------------
-
-
-def _check_tensors(x: Tensor, weight: Tensor) -> None:
-    for name, value, shape in (("x", x, "[B, C, H, W]"), ("weight", weight, "[C, 1, kh, kw]")):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-        if value.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
-        if value.layout is not torch.strided:
-            raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
-        if value.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions {shape}, got shape {list(value.shape)}")
-    channels = x.shape[1]
-    if channels == 0:
-        raise ValueError(f"x: expected at least one channel, got shape {list(x.shape)}")
-    if weight.shape[0] != channels or weight.shape[1] != 1 or weight.shape[2] == 0 or weight.shape[3] == 0:
-        raise ValueError(f"weight: expected shape [C, 1, kh, kw] with C = {channels} as in x, got {list(weight.shape)}")
-    if weight.device != x.device:
-        raise ValueError(f"weight: expected x's device {x.device}, got {weight.device}")
-
-
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not (
-        isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], int) and isinstance(pair[1], int)
-    ):
-        raise TypeError(f"{name}: expected an integer or a pair of integers, got {value!r}")
-    if pair[0] < least or pair[1] < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
-    return pair[0], pair[1]
-
-
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _check_output_size(
-    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
-) -> None:
-    for dim in (0, 1):
-        if _output_size(x.shape[2 + dim], weight.shape[2 + dim], stride[dim], padding[dim], dilation[dim]) < 1:
-            raise ValueError(
-                f"x: expected an image no smaller than the kernel, got {list(x.shape[2:])} for a kernel of "
-                f"{list(weight.shape[2:])} with padding {list(padding)} and dilation {list(dilation)}"
-            )
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """The tensor as torch.nn.functional.conv2d would take it under autocast."""
-    return tensor if tensor.dtype is torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -179,17 +119,12 @@ _library.define(
 )
 
 
-def _layout_of(x: Tensor) -> torch.memory_format:
-    """channels_last if the channels of x lie innermost in memory, else contiguous."""
-    return torch.channels_last if x.stride(1) == 1 and x.stride(3) != 1 else torch.contiguous_format
-
-
 @torch.library.register_fake("dssp_kernels::depthwise_conv2d_forward", lib=_library)
 def _forward_fake(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], relu: bool
 ) -> Tensor:
-    size = [_output_size(x.shape[2 + d], weight.shape[2 + d], stride[d], padding[d], dilation[d]) for d in (0, 1)]
-    return torch.empty((x.shape[0], x.shape[1], *size), dtype=x.dtype, device=x.device, memory_format=_layout_of(x))
+    size = [output_size(x.shape[2 + d], weight.shape[2 + d], stride[d], padding[d], dilation[d]) for d in (0, 1)]
+    return torch.empty((x.shape[0], x.shape[1], *size), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
 @torch.library.register_fake("dssp_kernels::depthwise_conv2d_backward", lib=_library)
@@ -204,14 +139,14 @@ def _backward_fake(
     needs_input_grad: bool,
     needs_weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout_of(x))
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     return d_x if needs_input_grad else x.new_empty(0), d_weight if needs_weight_grad else x.new_empty(0)
 
 
 def _reference_forward(x: Tensor, *arguments: Any) -> Tensor:
     """The registered forward where no kernels are there."""
-    return depthwise_conv2d_reference(x, *arguments).contiguous(memory_format=_layout_of(x))
+    return depthwise_conv2d_reference(x, *arguments).contiguous(memory_format=layout_of(x))
 
 
 def _reference_backward(
@@ -230,7 +165,7 @@ def _reference_backward(
         inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
         y = depthwise_conv2d_reference(*inputs, stride, padding, dilation, relu)
         d_x, d_weight = torch.autograd.grad(y, inputs, grad)
-    d_x = d_x.contiguous(memory_format=_layout_of(x)) if needs_input_grad else x.new_empty(0)
+    d_x = d_x.contiguous(memory_format=layout_of(x)) if needs_input_grad else x.new_empty(0)
     return d_x, d_weight.contiguous() if needs_weight_grad else x.new_empty(0)
 
 
@@ -241,7 +176,7 @@ for _key in ("CUDA",) if WHY_NO_CPU_KERNELS is None else ("CPU", "CUDA"):
 
 def _multiply_adds(x_shape: Any, weight_shape: Any, stride: Any, padding: Any, dilation: Any) -> int:
     rows, columns = (
-        _output_size(x_shape[2 + d], weight_shape[2 + d], stride[d], padding[d], dilation[d]) for d in (0, 1)
+        output_size(x_shape[2 + d], weight_shape[2 + d], stride[d], padding[d], dilation[d]) for d in (0, 1)
     )
     return x_shape[0] * rows * columns * torch.Size(weight_shape).numel()
 

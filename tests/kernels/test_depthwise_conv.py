@@ -19,16 +19,7 @@ from dssp_kernels import get_backend, set_backend
 from dssp_kernels.backend import WHY_NO_CPU_KERNELS
 from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
-
-SLACK = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-14}
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
-    "sliced channels": lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[:, : t.shape[1]],
-    "sliced columns": lambda t: torch.cat([t, t], 3).contiguous(memory_format=torch.channels_last)[..., : t.shape[3]],
-    "every second column": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
-}
+from tests.kernels.convolutions import LAYOUTS, SLACK, assert_as_exact, normal, run
 
 with_cpu_kernels = pytest.mark.skipif(WHY_NO_CPU_KERNELS is not None, reason=f"C++ kernels: {WHY_NO_CPU_KERNELS}")
 
@@ -48,40 +39,14 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def eager(
     x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, dilation: int = 1, relu: bool = False
 ) -> Tensor:
     return F.conv2d(F.relu(x) if relu else x, weight, None, stride, padding, dilation, groups=x.shape[1])
 
 
-def run(convolution: Callable[..., Tensor], x: Tensor, weight: Tensor, **arguments: int) -> list[Tensor]:
-    """The result and the gradients of x and weight, for a random gradient of the result."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = convolution(x, weight, **arguments)
-    return [y.detach(), *torch.autograd.grad(y, (x, weight), normal(*y.shape, dtype=y.dtype, seed=1))]
-
-
 def assert_as_exact_as_eager(x: Tensor, weight: Tensor, **arguments: int) -> None:
-    """Error against float64 at most twice eager's own, plus a slack relative to the tensor's largest value."""
-    exact = run(eager, x.double(), weight.double(), **arguments)
-    if x.dtype is torch.bfloat16 or x.dtype is torch.float16:  # the same rounded gradient for all three
-        y = eager(x.double(), weight.double(), **arguments)
-        grad = normal(*y.shape, dtype=x.dtype, seed=1).double()
-        exact = [
-            y,
-            *torch.autograd.functional.vjp(lambda *t: eager(*t, **arguments), (x.double(), weight.double()), grad)[1],
-        ]
-    found, theirs = run(depthwise_conv2d, x, weight, **arguments), run(eager, x, weight, **arguments)
-    for name, ours, eagers, true in zip(("y", "d_x", "d_weight"), found, theirs, exact, strict=True):
-        assert ours.shape == true.shape and ours.dtype is x.dtype, name
-        if true.numel():
-            error, allowed = ((value.double() - true).abs().max() for value in (ours, eagers))
-            scale = max(1.0, float(true.abs().max()))
-            assert error <= 2 * allowed + SLACK[x.dtype] * scale, f"{name}: error {error:.3g}, eager has {allowed:.3g}"
+    assert_as_exact(depthwise_conv2d, eager, x, weight, **arguments)
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])

@@ -116,13 +116,34 @@ class _Noisy(_Protocol):
         return super().forward(x) + 1
 
 
-class _Undeclared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.op = conv_norm()
+class _Wrapper(nn.Module):
+    """DARTS' convolutions: forward() hands over to op."""
 
+    def __init__(self, op: nn.Module | None = None) -> None:
+        super().__init__()
+        self.op = conv_norm() if op is None else op
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Not what it is called, nor a docstring, makes a difference."""
+        return self.op(input)
+
+
+class _Doubled(_Wrapper):
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return self.op(self.op(x))
+
+
+class _Renamed(_Wrapper):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.po(x)
+
+    def po(self, x: Tensor) -> Tensor:
+        return self.op(x) + 1
+
+
+class _Callable(_Wrapper):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + 1
 
 
 def _with(change: Callable[[nn.Module], object], make: Callable[[], nn.Module] = conv_norm) -> nn.Module:
@@ -155,7 +176,10 @@ NOT_FOLDED = {
     "subclass": (lambda: _with(_replace_norm(_Subclass(8))), "its norm is a _Subclass"),
     "overridden forward": (_Noisy, "_Noisy changes forward()"),
     "instance forward": (lambda: _with(lambda c: setattr(c, "forward", c.forward)), "it has hooks"),
-    "no protocol": (_Undeclared, None),
+    "hook on the wrapped": (lambda: _with(lambda c: c.op.register_forward_hook(_hook), _Wrapper), "it has hooks"),
+    "op twice": (_Doubled, None),
+    "not op": (_Renamed, None),
+    "another call": (_Callable, None),
     "subclass of Sequential": (lambda: type("Custom", (nn.Sequential,), {})(*conv_norm()), None),
     "no norm": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1)), None),
 }
@@ -177,6 +201,72 @@ def test_protocol_is_followed() -> None:
     other = copy.deepcopy(edge)
     assert norms_left_to_the_mix(copy.deepcopy(edge)) == [0, 1]
     assert_same(edge, other, lambda: edge(X), lambda: unfused(other, X))
+
+
+def depthwise_norm(relu: nn.Module | None = None, **changes: object) -> nn.Sequential:
+    arguments = {"padding": 2, "dilation": 2, "groups": 8, "bias": False} | changes
+    relu = nn.ReLU() if relu is None else relu
+    return nn.Sequential(relu, nn.Conv2d(8, 8, 3, **arguments), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, affine=False))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_wrapped_sequence_computes_what_its_forward_does(training: bool) -> None:
+    edge = FusedMixedEdge([_Wrapper(), _Wrapper(depthwise_norm())]).train(training)
+    other = copy.deepcopy(edge)
+    assert norms_left_to_the_mix(copy.deepcopy(edge)) == [0, 1]
+    assert_same(edge, other, lambda: edge(X), lambda: unfused(other, X))
+
+
+def _operators_run(candidate: nn.Module, x: Tensor) -> set[str]:
+    with torch.profiler.profile() as profile:
+        FusedMixedEdge([candidate])(x)
+    return {event.key for event in profile.key_averages()}
+
+
+DEPTHWISE = "dssp_kernels::depthwise_conv2d_forward"
+
+
+@pytest.mark.parametrize("wrap", [_Wrapper, lambda op: op], ids=["wrapped", "plain"])
+def test_depthwise_convolution_runs_with_its_relu_inside(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    found = _operators_run(wrap(depthwise_norm()), X)
+    assert DEPTHWISE in found and "aten::relu" not in found
+
+
+ORDINARY = {
+    "bias": (lambda: depthwise_norm(bias=True), X),
+    "grouped": (lambda: depthwise_norm(groups=4), X),
+    "reflected borders": (lambda: depthwise_norm(padding_mode="reflect"), X),
+    "padding by name": (lambda: depthwise_norm(padding="same"), X),
+    "contiguous": (depthwise_norm, X.contiguous()),
+    "hook": (lambda: _with(lambda c: c[1].register_forward_hook(_hook), depthwise_norm), X),
+    "parametrized": (
+        lambda: _with(lambda c: torch.nn.utils.parametrizations.weight_norm(c[1]), depthwise_norm),
+        X,
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "x"), ORDINARY.values(), ids=ORDINARY)
+def test_other_convolutions_run_as_they_are(make: Callable[[], nn.Module], x: Tensor) -> None:
+    edge = FusedMixedEdge([make()])
+    other = copy.deepcopy(edge)
+    assert DEPTHWISE not in _operators_run(copy.deepcopy(edge)._ops[0], x)
+    torch.testing.assert_close(edge(x), unfused(other, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.ReLU(inplace=True), nn.LeakyReLU], ids=["in place", "leaky"])
+def test_other_activations_stay_before_the_depthwise_convolution(make: Callable[[], nn.Module]) -> None:
+    edge = FusedMixedEdge([depthwise_norm(make())])
+    other = copy.deepcopy(edge)
+    torch.testing.assert_close(edge(X.clone()), unfused(other, X.clone()), rtol=1e-5, atol=1e-5)
+
+
+def test_hook_on_the_relu_still_sees_it() -> None:
+    seen: list[Tensor] = []
+    candidate = depthwise_norm()
+    candidate[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert DEPTHWISE in _operators_run(candidate, X)
+    assert torch.equal(seen[0], X.relu())
 
 
 def test_shared_norm_is_not_folded() -> None:
@@ -244,7 +334,7 @@ def test_folded_edge_saves_little_more_than_half_of_what_eager_saves() -> None:
 
 
 def test_folded_edge_compiles_without_graph_breaks() -> None:
-    edge = FusedMixedEdge([conv_norm(), _Protocol(), nn.Identity()])
+    edge = FusedMixedEdge([conv_norm(), _Protocol(), nn.Identity(), _Wrapper(depthwise_norm())])
     other = copy.deepcopy(edge)
     torch._dynamo.reset()
     compiled = torch.compile(edge, fullgraph=True)

@@ -1,0 +1,316 @@
+// Bands of rows of a depthwise convolution, and how a batch is cut into them.
+#pragma once
+
+#include <utility>
+
+#include "cpu_rows.h"
+
+namespace dssp {
+namespace {
+
+constexpr int64_t kGrain = 16 * 1024;  // vector multiply-adds below which a second thread costs more than it brings
+constexpr int64_t kMaxParts = 64;      // partial sums of the weight gradient, however many threads there are
+
+using Pair = std::vector<int64_t>;
+
+// ---- rows near at hand ---------------------------------------------------------------------------------------------
+
+struct Geometry {
+  int64_t batch, channels;
+  Axis rows, columns;
+
+  int64_t taps() const { return rows.taps * columns.taps; }
+};
+
+// The last few rows of an image, as sums: [vector][slot][left zeros, columns, right zeros][lane]; row r in slot r % slots.
+template <typename S>
+struct Ring {
+  static constexpr int64_t width = Lanes<S>::width;
+  int64_t left, row_size, slots;
+  Buffer<S> storage;
+
+  Ring(int64_t columns, int64_t left, int64_t right, int64_t slots, int64_t vectors)
+      : left(left), row_size((left + columns + right) * width), slots(slots),
+        storage(vectors * slots * row_size) {}
+
+  S* data() { return storage.data(); }
+  const S* data() const { return storage.data(); }
+  int64_t vector_size() const { return slots * row_size; }
+  int64_t offset(int64_t row) const { return row % slots * row_size + left * width; }  // of column 0
+};
+
+// The columns that one row of a ring needs beside those of the tensor, and how many rows are needed at a time.
+struct Margins {
+  int64_t left, right, slots;
+};
+
+inline Margins input_margins(const Geometry& g) {
+  const Axis& w = g.columns;
+  const int64_t right = std::max<int64_t>(0, (w.outputs - 1) * w.stride + w.reach() - w.padding - (w.inputs - 1));
+  return {w.padding, right, g.rows.reach() + 1};
+}
+
+inline Margins gradient_margins(const Geometry& g) {
+  const Axis& w = g.columns;
+  const int64_t left = ceil_div(std::max<int64_t>(0, w.reach() - w.padding), w.stride);
+  const int64_t right = std::max<int64_t>(0, (w.inputs - 1 + w.padding) / w.stride - (w.outputs - 1));
+  return {left, right, g.rows.reach() / g.rows.stride + 1};
+}
+
+// Rows of one image and channel block of a tensor.
+template <typename Scalar>
+struct RowRing : Ring<Sum<Scalar>> {
+  using Base = Ring<Sum<Scalar>>;
+  Images<const Scalar> source;
+  int64_t rows, columns, image = 0, next = 0;
+  bool relu;
+  ChannelBlock block = {};
+
+  RowRing(Images<const Scalar> source, int64_t rows, int64_t columns, const Margins& margins, int64_t vectors, bool relu)
+      : Base(columns, margins.left, margins.right, margins.slots, vectors), source(source), rows(rows),
+        columns(columns), relu(relu) {}
+
+  void start(int64_t new_image, const ChannelBlock& new_block) {
+    image = new_image;
+    block = new_block;
+    next = 0;
+  }
+
+  // Make rows first..last available, as far as they exist; rows come in ascending order.
+  void load(int64_t first, int64_t last) {
+    for (next = std::max(next, first); next <= std::min(last, rows - 1); ++next) {
+      load_row_loop({source.at(image, block.first, next, 0), source.channel, source.column, block.channels, columns,
+                     this->data() + this->offset(next), this->vector_size()},
+                    relu, next + 1 < rows ? source.row : 0);
+    }
+  }
+};
+
+// Where rows of results go: straight into the tensor where its elements are sums, else through a row of sums.
+template <typename Scalar>
+struct RowWriter {
+  static constexpr int64_t width = Lanes<Scalar>::width;
+  Images<Scalar> target;
+  int64_t columns;
+  Buffer<Sum<Scalar>> buffer;
+
+  RowWriter(Images<Scalar> target, int64_t columns, int64_t vectors)
+      : target(target), columns(columns), buffer(columns * vectors * width) {}
+
+  // The results of `c`, into the columns of one row from `column` on, `step` apart.
+  void write(Correlation<Sum<Scalar>>& c, int64_t image, const ChannelBlock& block, int64_t row, int64_t column,
+             int64_t step) {
+    Scalar* to = target.at(image, block.first, row, column);
+    if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) {
+      if (target.channel == 1 && block.channels % width == 0) {
+        c.results = to;
+        c.result_vector = width;
+        c.result_column = step * target.column;
+        return correlate_loop(c);
+      }
+    }
+    c.results = buffer.data();
+    c.result_vector = columns * width;
+    c.result_column = width;
+    correlate_loop(c);
+    store_row_loop({to, target.channel, step * target.column, block.channels, c.columns, buffer.data(),
+                    columns * width});
+  }
+};
+
+// Where the kernel rows of `reads` find their source rows in a ring and their weights.
+struct TapFinder {
+  std::vector<int64_t> sources, weights;
+
+  explicit TapFinder(int64_t taps) : sources(taps), weights(taps) {}
+
+  template <typename S>
+  TapRows find(const Reads& reads, const Ring<S>& ring, int64_t weight_row) {
+    for (int64_t i = 0; i < reads.count; ++i) {
+      sources[i] = ring.offset(reads.source + i * reads.source_step);
+      weights[i] = (reads.first + i * reads.step) * weight_row;
+    }
+    return {sources.data(), weights.data(), reads.count};
+  }
+};
+
+template <typename Scalar>
+RowRing<Scalar> input_rows(const Geometry& g, const Images<const Scalar>& x, int64_t vectors, bool relu) {
+  return {x, g.rows.inputs, g.columns.inputs, input_margins(g), vectors, relu};
+}
+
+template <typename Scalar>
+RowRing<Scalar> gradient_rows(const Geometry& g, const Images<const Scalar>& grad, int64_t vectors) {
+  return {grad, g.rows.outputs, g.columns.outputs, gradient_margins(g), vectors, false};
+}
+
+// ---- the parts of a batch -------------------------------------------------------------------------------------------
+
+// The parts of the batch whose contributions to the weight gradient are summed apart: some images each, or a band of
+// rows of one image. They depend on the shapes alone, so the result is the same on any number of threads.
+struct Parts {
+  int64_t batch, count, images, bands;
+
+  Parts(const Geometry& g, int64_t vectors, int64_t most = kMaxParts) : batch(g.batch), count(0), images(1), bands(1) {
+    if (batch == 0) return;
+    const int64_t work = batch * g.rows.outputs * g.columns.outputs * g.taps() * vectors;
+    const int64_t wanted = std::max<int64_t>(1, std::min({most, kMaxParts, work / kGrain}));
+    images = ceil_div(batch, wanted);
+    bands = std::min(ceil_div(wanted, batch), g.rows.outputs);
+    count = ceil_div(batch, images) * bands;
+  }
+
+  int64_t first_image(int64_t part) const { return std::min(batch, part / bands * images); }
+
+  std::pair<int64_t, int64_t> rows(int64_t part, int64_t all) const {
+    const int64_t band = part % bands;
+    return {all * band / bands, all * (band + 1) / bands};
+  }
+};
+
+// ---- the gradients of a band ----------------------------------------------------------------------------------------
+
+// Both gradients of one image and channel block, in one sweep over its rows. Gradients: a ring of rows of the outputs'
+// gradient, with start() and load() as RowRing has them.
+template <typename Scalar, typename Gradients>
+struct Backward {
+  static constexpr int64_t width = Lanes<Scalar>::width;
+  const Geometry& g;
+  const Sum<Scalar>* weights;
+  Gradients grad;
+  RowRing<Scalar> x;
+  RowWriter<Scalar> d_x;
+  TapFinder finder{g.rows.taps};
+
+  // The weight gradient takes output rows out_begin..out_end as soon as rows in_begin..in_end of the input gradient
+  // have loaded them, so every row is loaded once. gradients: null if not wanted.
+  void band(int64_t image, const ChannelBlock& block, Sum<Scalar>* gradients, int64_t out_begin, int64_t out_end,
+            int64_t in_begin, int64_t in_end) {
+    x.start(image, block);
+    grad.start(image, block);
+    Contribution<Sum<Scalar>> to_weights = weight_gradient_work(gradients);
+    Correlation<Sum<Scalar>> to_input = input_gradient_work();
+    int64_t next = gradients ? out_begin : out_end;
+    for (int64_t row = in_begin; row < in_end && d_x.target.data; ++row) {
+      const int64_t reached = row + g.rows.padding;
+      const int64_t first = ceil_div(std::max<int64_t>(0, reached - g.rows.reach()), g.rows.stride);
+      const int64_t last = reached / g.rows.stride;
+      for (; next < std::min(out_end, first); ++next) weight_gradient_row(to_weights, next);
+      grad.load(first, last);
+      for (; next < std::min(out_end, last + 1); ++next) weight_gradient_row(to_weights, next);
+      input_gradient_row(to_input, row);
+    }
+    for (; next < out_end; ++next) weight_gradient_row(to_weights, next);
+  }
+
+  // The rows of an image that belong to one part of the batch.
+  void part_of_image(const Parts& parts, int64_t part, int64_t image, const ChannelBlock& block,
+                     Sum<Scalar>* gradients) {
+    const auto [out_begin, out_end] = parts.rows(part, g.rows.outputs);
+    const auto [in_begin, in_end] = parts.rows(part, g.rows.inputs);
+    band(image, block, gradients, out_begin, out_end, in_begin, in_end);
+  }
+
+  Contribution<Sum<Scalar>> weight_gradient_work(Sum<Scalar>* gradients) const {
+    Contribution<Sum<Scalar>> c = {nullptr, x.data() - g.columns.padding * width};
+    c.taps = g.columns.taps;
+    c.stride = g.columns.stride;
+    c.dilation = g.columns.dilation;
+    c.columns = g.columns.outputs;
+    c.vectors = x.block.vectors;
+    c.gradients = gradients;
+    c.grad_vector = grad.vector_size();
+    c.source_vector = x.vector_size();
+    c.gradient_vector = g.taps() * width;
+    return c;
+  }
+
+  Correlation<Sum<Scalar>> input_gradient_work() const {
+    Correlation<Sum<Scalar>> c = {grad.data(), weights + x.block.first * g.taps()};
+    c.stride = 1;
+    c.vectors = x.block.vectors;
+    c.source_vector = grad.vector_size();
+    c.weight_vector = g.taps() * width;
+    c.rectified_vector = x.vector_size();
+    c.rectified_column = g.columns.stride * width;
+    return c;
+  }
+
+  void weight_gradient_row(Contribution<Sum<Scalar>>& c, int64_t row) {
+    const Reads reads = forward_reads(g.rows, row);
+    x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
+    grad.load(row, row);
+    c.grad = grad.data() + grad.offset(row);
+    c.rows = finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps * width);
+    contribute_loop(c);
+  }
+
+  // A row's columns fall into `stride` phases; within a phase all read the same taps, from neighbouring gradients.
+  void input_gradient_row(Correlation<Sum<Scalar>>& c, int64_t row) {
+    const int64_t stride = g.columns.stride;
+    if (x.relu) x.load(row, row);
+    c.rows = finder.find(without_outside(backward_reads(g.rows, row), g.rows.outputs), grad, g.columns.taps * width);
+    for (int64_t phase = 0; phase < std::min(stride, g.columns.inputs); ++phase) {
+      c.taps = backward_reads(g.columns, phase);
+      c.columns = ceil_div(g.columns.inputs - phase, stride);
+      if (x.relu) c.rectified = x.data() + x.offset(row) + phase * width;
+      d_x.write(c, x.image, x.block, row, phase, stride);
+    }
+  }
+};
+
+// ---- weights and tensors -----------------------------------------------------------------------------------------
+
+// [C, 1, kh, kw] -> [vector][tap][lane], zeros in the lanes behind the last channel
+template <typename Scalar>
+Buffer<Sum<Scalar>> packed_weights(const Geometry& g, const Tensor& weight) {
+  constexpr int64_t width = Lanes<Scalar>::width;
+  const auto from = read_images<Scalar>(weight);
+  Buffer<Sum<Scalar>> packed(ceil_div(g.channels, width) * width * g.taps());
+  for (int64_t c = 0; c < g.channels; ++c) {
+    for (int64_t t = 0; t < g.taps(); ++t) {
+      const Scalar* value = from.at(c, 0, t / g.columns.taps, t % g.columns.taps);
+      packed[(c / width * g.taps() + t) * width + c % width] = load_first(value, 1)[0];
+    }
+  }
+  return packed;
+}
+
+// partial [part][vector][tap][lane] -> [C, 1, kh, kw], summed over the parts in order
+template <typename Scalar>
+void write_weight_gradient(const Geometry& g, const Buffer<Sum<Scalar>>& partial, int64_t parts, Tensor& d_weight) {
+  constexpr int64_t width = Lanes<Scalar>::width;
+  const int64_t size = partial.size() / std::max<int64_t>(parts, 1);
+  const auto to = write_images<Scalar>(d_weight);
+  for (int64_t c = 0; c < g.channels; ++c) {
+    for (int64_t t = 0; t < g.taps(); ++t) {
+      double total = 0;
+      for (int64_t part = 0; part < parts; ++part) {
+        total += partial[part * size + (c / width * g.taps() + t) * width + c % width];
+      }
+      *to.at(c, 0, t / g.columns.taps, t % g.columns.taps) = narrowed<Scalar>(static_cast<Sum<Scalar>>(total));
+    }
+  }
+}
+
+// [B, channels, rows, columns] in the layout of x: channels_last if its channels lie innermost, else contiguous.
+inline Tensor empty_images(const Tensor& x, int64_t channels, int64_t rows, int64_t columns) {
+  const int64_t batch = x.size(0), image = channels * rows * columns;
+  if (x.stride(1) == 1 && x.stride(3) != 1) {
+    return empty_strided({batch, channels, rows, columns}, {image, 1, columns * channels, channels}, dtype_of(x));
+  }
+  return empty_strided({batch, channels, rows, columns}, {image, rows * columns, columns, 1}, dtype_of(x));
+}
+
+inline Geometry geometry_of(const Tensor& x, const Tensor& weight, const Pair& stride, const Pair& padding,
+                     const Pair& dilation) {
+  const auto axis = [&](int64_t i) -> Axis {
+    const int64_t inputs = x.size(2 + i), taps = weight.size(2 + i);
+    const int64_t last = inputs + 2 * padding[i] - (taps - 1) * dilation[i] - 1;
+    return {inputs, last / stride[i] + 1, taps, stride[i], padding[i], dilation[i]};
+  };
+  return {x.size(0), x.size(1), axis(0), axis(1)};
+}
+
+}  // namespace
+}  // namespace dssp

@@ -1,0 +1,350 @@
+// Rows of a depthwise convolution: which taps meet which rows, rows in and out of tensors, and the sums over taps.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "../cpu_tensors.h"
+
+namespace dssp {
+namespace {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- geometry ----------------------------------------------------------------------------------------------------
+
+// One spatial axis: output o reads the inputs o * stride + tap * dilation - padding that exist.
+struct Axis {
+  int64_t inputs, outputs, taps, stride, padding, dilation;
+
+  int64_t reach() const { return (taps - 1) * dilation; }
+};
+
+// What one output reads along an axis: taps first, first + step, ... (count of them), the first from source index
+// `source`, each next one `source_step` further. Sources outside the tensor are left out.
+struct Reads {
+  int64_t first, count, step, source, source_step;
+};
+
+Reads without_outside(Reads reads, int64_t sources) {
+  while (reads.count > 0 && (reads.source < 0 || reads.source >= sources)) {
+    reads.first += reads.step;
+    reads.source += reads.source_step;
+    --reads.count;
+  }
+  while (reads.count > 0) {
+    const int64_t last = reads.source + (reads.count - 1) * reads.source_step;
+    if (last >= 0 && last < sources) break;
+    --reads.count;
+  }
+  return reads;
+}
+
+// Output o of the convolution reads inputs.
+Reads forward_reads(const Axis& axis, int64_t o) {
+  return {0, axis.taps, 1, o * axis.stride - axis.padding, axis.dilation};
+}
+
+// Input i gets its gradient from those outputs (i + padding - tap * dilation) / stride that are whole numbers.
+Reads backward_reads(const Axis& axis, int64_t i) {
+  const int64_t step = axis.stride / std::gcd(axis.stride, axis.dilation);
+  for (int64_t tap = 0; tap < std::min(step, axis.taps); ++tap) {
+    const int64_t scaled = i + axis.padding - tap * axis.dilation;
+    if (scaled % axis.stride != 0) continue;
+    return {tap, ceil_div(axis.taps - tap, step), step, scaled / axis.stride, -step * axis.dilation / axis.stride};
+  }
+  return {0, 0, 1, 0, 0};
+}
+
+// One tensor [B, C, H, W] in any memory layout.
+template <typename Scalar>
+struct Images {
+  Scalar* data;
+  int64_t image, channel, row, column;  // strides
+
+  Scalar* at(int64_t n, int64_t c, int64_t h, int64_t w) const {
+    return data + n * image + c * channel + h * row + w * column;
+  }
+};
+
+template <typename Scalar>
+Images<const Scalar> read_images(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {static_cast<const Scalar*>(tensor.const_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
+}
+
+template <typename Scalar>
+Images<Scalar> write_images(Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {static_cast<Scalar*>(tensor.mutable_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
+}
+
+// A block of channels, processed together: the `vectors` vectors from channel `first` on, `channels` channels in all.
+struct ChannelBlock {
+  int64_t first, channels, vectors;
+};
+
+// ---- rows in and out: tensors <-> [vector][column][lane] of sums -------------------------------------------------
+
+// One row of one image and channel block in a tensor, and where its vectors lie as sums.
+template <typename Scalar, typename S>
+struct Row {
+  Scalar* pixels;
+  int64_t channel, column, channels, columns;  // strides, then sizes
+  S* sums;
+  int64_t vector;  // distance of one vector's columns from the next one's
+};
+
+template <typename V>
+DSSP_INLINE V rectified(V value) {  // NaN stays NaN
+  return value < 0 ? V{} : value;
+}
+
+template <typename Scalar>
+DSSP_INLINE Sum<Scalar> widened(Scalar value) {
+  if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) return value;
+  return load_first(&value, 1)[0];
+}
+
+template <typename Scalar>
+DSSP_INLINE Scalar narrowed(Sum<Scalar> value) {
+  if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) return value;
+  Scalar result;
+  store_first(&result, Vector<Scalar>{value}, 1);
+  return result;
+}
+
+// sums = relu(pixels), or pixels. `ahead`: distance to the pixels wanted next, fetched from memory meanwhile.
+template <typename Scalar>
+DSSP_INLINE void load_row(const Row<const Scalar, Sum<Scalar>>& row, bool relu, int64_t ahead) {
+  constexpr int64_t width = Lanes<Scalar>::width;
+  const int64_t channel = row.channel, column = row.column, columns = row.columns;
+  for (int64_t c = 0; c < row.channels; c += width) {
+    const Scalar* from = row.pixels + c * channel;
+    Sum<Scalar>* to = row.sums + c / width * row.vector;
+    const int64_t count = std::min(width, row.channels - c);
+    if (channel != 1 || count < width) {
+      for (int64_t lane = 0; lane < count; ++lane) {
+        for (int64_t j = 0; j < columns; ++j) {
+          const Sum<Scalar> value = widened(from[lane * channel + j * column]);
+          to[j * width + lane] = relu && value < 0 ? 0 : value;
+        }
+      }
+    } else if (relu) {
+      for (int64_t j = 0; j < columns; ++j) {
+        if (c == 0) __builtin_prefetch(from + j * column + ahead);
+        Lanes<Sum<Scalar>>::store(to + j * width, rectified(Lanes<Scalar>::load(from + j * column)));
+      }
+    } else {
+      for (int64_t j = 0; j < columns; ++j) {
+        if (c == 0) __builtin_prefetch(from + j * column + ahead);
+        Lanes<Sum<Scalar>>::store(to + j * width, Lanes<Scalar>::load(from + j * column));
+      }
+    }
+  }
+}
+
+template <typename Scalar>
+DSSP_INLINE void store_row(const Row<Scalar, const Sum<Scalar>>& row) {
+  constexpr int64_t width = Lanes<Scalar>::width;
+  const int64_t channel = row.channel, column = row.column, columns = row.columns;
+  for (int64_t c = 0; c < row.channels; c += width) {
+    const Sum<Scalar>* from = row.sums + c / width * row.vector;
+    Scalar* to = row.pixels + c * channel;
+    const int64_t count = std::min(width, row.channels - c);
+    if (channel != 1 || count < width) {
+      for (int64_t lane = 0; lane < count; ++lane) {
+        for (int64_t j = 0; j < columns; ++j) {
+          to[lane * channel + j * column] = narrowed<Scalar>(from[j * width + lane]);
+        }
+      }
+    } else {
+      for (int64_t j = 0; j < columns; ++j) {
+        Lanes<Scalar>::store(to + j * column, Lanes<Sum<Scalar>>::load(from + j * width));
+      }
+    }
+  }
+}
+
+// ---- rows of taps: from sums to sums -----------------------------------------------------------------------------
+
+// The kernel rows that meet the image at one output row: where each one's source row and weights start.
+struct TapRows {
+  const int64_t *sources, *weights;
+  int64_t count;
+};
+
+// One row of results from rows of sources: results[j] = sum over taps of weight * source[j * stride + ...]
+template <typename S>
+struct Correlation {
+  const S *source, *weights;
+  TapRows rows;
+  Reads taps;  // of the first column
+  int64_t stride, columns, vectors;
+  const S* rectified;  // null, or relu(x) where results are wanted: they are cleared where it is 0
+  S* results;
+  // distances between vectors, and between columns
+  int64_t source_vector, weight_vector, rectified_vector, result_vector, rectified_column, result_column;
+};
+
+// kColumns results side by side, so that every weight is loaded once for all of them. kTaps, kStride: 0 = any.
+template <int kColumns, int kTaps, int kStride, typename S>
+DSSP_INLINE void correlate_columns(const Correlation<S>& c, int64_t vector, int64_t column) {
+  using V = typename Lanes<S>::Vector;
+  constexpr int64_t width = Lanes<S>::width;
+  const int64_t stride = (kStride ? kStride : c.stride) * width, taps = kTaps ? kTaps : c.taps.count;
+  const int64_t source_step = c.taps.source_step * width, weight_step = c.taps.step * width;
+  const int64_t result_step = c.result_column, rectified_step = c.rectified_column, rows = c.rows.count;
+  const int64_t *row_sources = c.rows.sources, *row_weights = c.rows.weights;
+  const S* source = c.source + vector * c.source_vector + c.taps.source * width + column * stride;
+  const S* weights = c.weights + vector * c.weight_vector + c.taps.first * width;
+  V sums[kColumns];
+#pragma GCC unroll 8
+  for (int j = 0; j < kColumns; ++j) sums[j] = V{};
+  for (int64_t i = 0; i < rows; ++i) {
+    const S* from = source + row_sources[i];
+    const S* weight = weights + row_weights[i];
+#pragma GCC unroll 5
+    for (int64_t t = 0; t < taps; ++t) {
+      const V w = Lanes<S>::load(weight);
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) sums[j] += w * Lanes<S>::load(from + j * stride);
+      from += source_step;
+      weight += weight_step;
+    }
+  }
+  if (c.rectified) {
+    const S* x = c.rectified + vector * c.rectified_vector + column * rectified_step;
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) {  // the derivative of ReLU as in PyTorch: a NaN in x lets the gradient through
+      sums[j] = Lanes<S>::load(x + j * rectified_step) == 0 ? V{} : sums[j];
+    }
+  }
+  S* to = c.results + vector * c.result_vector + column * result_step;
+#pragma GCC unroll 8
+  for (int j = 0; j < kColumns; ++j) Lanes<S>::store(to + j * result_step, sums[j]);
+}
+
+template <int kTaps, int kStride, typename S>
+DSSP_INLINE void correlate_in_groups(const Correlation<S>& c) {
+  for (int64_t vector = 0; vector < c.vectors; ++vector) {
+    int64_t j = 0;
+    for (; j + 8 <= c.columns; j += 8) correlate_columns<8, kTaps, kStride>(c, vector, j);
+    if (c.columns & 4) correlate_columns<4, kTaps, kStride>(c, vector, j), j += 4;
+    if (c.columns & 2) correlate_columns<2, kTaps, kStride>(c, vector, j), j += 2;
+    if (c.columns & 1) correlate_columns<1, kTaps, kStride>(c, vector, j);
+  }
+}
+
+template <typename S>
+DSSP_INLINE void correlate(const Correlation<S>& c) {
+  if (c.stride == 1 && c.taps.count == 3) return correlate_in_groups<3, 1>(c);
+  if (c.stride == 1 && c.taps.count == 5) return correlate_in_groups<5, 1>(c);
+  if (c.stride == 1) return correlate_in_groups<0, 1>(c);
+  if (c.stride == 2) return correlate_in_groups<0, 2>(c);
+  return correlate_in_groups<0, 0>(c);
+}
+
+// One output row's share of the weight gradient: gradients[tap] += sum_j grad[j] * source[j * stride + tap * dilation]
+template <typename S>
+struct Contribution {
+  const S *grad, *source;
+  TapRows rows;
+  int64_t taps, stride, dilation, columns, vectors;
+  S* gradients;
+  int64_t grad_vector, source_vector, gradient_vector;  // distances between vectors
+};
+
+// kRows kernel rows of kTaps taps, their sums in registers.
+template <int kRows, int kTaps, int kDilation, typename S>
+DSSP_INLINE void contribute_rows(const Contribution<S>& c, int64_t vector, int64_t first_row) {
+  using V = typename Lanes<S>::Vector;
+  constexpr int64_t width = Lanes<S>::width;
+  const S* grad = c.grad + vector * c.grad_vector;
+  const S* from[kRows];
+  V sums[kRows][kTaps] = {};
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) from[r] = c.source + vector * c.source_vector + c.rows.sources[first_row + r];
+  const int64_t columns = c.columns, stride = c.stride * width;
+  for (int64_t j = 0; j < columns; ++j) {
+    const V g = Lanes<S>::load(grad + j * width);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTaps; ++t) sums[r][t] += g * Lanes<S>::load(from[r] + t * kDilation * width);
+      from[r] += stride;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    S* to = c.gradients + vector * c.gradient_vector + c.rows.weights[first_row + r];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTaps; ++t) Lanes<S>::store(to + t * width, Lanes<S>::load(to + t * width) + sums[r][t]);
+  }
+}
+
+// As many kernel rows at a time as 16 registers hold the sums of.
+template <int kTaps, int kDilation, typename S>
+DSSP_INLINE void contribute_taps(const Contribution<S>& c) {
+  constexpr int kRows = kTaps == 7 ? 2 : 3;
+  for (int64_t vector = 0; vector < c.vectors; ++vector) {
+    int64_t row = 0;
+    for (; row + kRows <= c.rows.count; row += kRows) contribute_rows<kRows, kTaps, kDilation>(c, vector, row);
+    if (row + 2 <= c.rows.count) contribute_rows<2, kTaps, kDilation>(c, vector, row), row += 2;
+    if (row < c.rows.count) contribute_rows<1, kTaps, kDilation>(c, vector, row);
+  }
+}
+
+// Any kernel: a tap at a time.
+template <typename S>
+DSSP_INLINE void contribute_any(const Contribution<S>& c) {
+  using V = typename Lanes<S>::Vector;
+  constexpr int64_t width = Lanes<S>::width;
+  for (int64_t vector = 0; vector < c.vectors; ++vector) {
+    const S* grad = c.grad + vector * c.grad_vector;
+    for (int64_t i = 0; i < c.rows.count * c.taps; ++i) {
+      const int64_t row = i / c.taps, tap = i % c.taps;
+      const S* from = c.source + vector * c.source_vector + c.rows.sources[row] + tap * c.dilation * width;
+      S* to = c.gradients + vector * c.gradient_vector + c.rows.weights[row] + tap * width;
+      V sum = {};
+      for (int64_t j = 0; j < c.columns; ++j) {
+        sum += Lanes<S>::load(grad + j * width) * Lanes<S>::load(from + j * c.stride * width);
+      }
+      Lanes<S>::store(to, Lanes<S>::load(to) + sum);
+    }
+  }
+}
+
+template <typename S>
+DSSP_INLINE void contribute(const Contribution<S>& c) {
+  switch (c.dilation <= 2 ? 10 * c.taps + c.dilation : 0) {
+    case 31: return contribute_taps<3, 1>(c);
+    case 32: return contribute_taps<3, 2>(c);
+    case 51: return contribute_taps<5, 1>(c);
+    case 52: return contribute_taps<5, 2>(c);
+    case 71: return contribute_taps<7, 1>(c);
+    case 72: return contribute_taps<7, 2>(c);
+    default: return contribute_any(c);
+  }
+}
+
+// target_clones takes no templates: plain functions, compiled for every instruction set.
+#define DSSP_ROW_LOOPS(Scalar)                                                                                 \
+  DSSP_CLONES void load_row_loop(const Row<const Scalar, Sum<Scalar>>& row, bool relu, int64_t ahead) {        \
+    load_row<Scalar>(row, relu, ahead);                                                                        \
+  }                                                                                                            \
+  DSSP_CLONES void store_row_loop(const Row<Scalar, const Sum<Scalar>>& row) { store_row<Scalar>(row); }
+DSSP_ROW_LOOPS(float)
+DSSP_ROW_LOOPS(double)
+DSSP_ROW_LOOPS(BFloat16)
+DSSP_ROW_LOOPS(Half)
+#define DSSP_TAP_LOOPS(S)                                                               \
+  DSSP_CLONES void correlate_loop(const Correlation<S>& c) { correlate<S>(c); }         \
+  DSSP_CLONES void contribute_loop(const Contribution<S>& c) { contribute<S>(c); }
+DSSP_TAP_LOOPS(float)
+DSSP_TAP_LOOPS(double)
+
+}  // namespace
+}  // namespace dssp

@@ -1,0 +1,52 @@
+"""What the tests of convolutions share: layouts, random tensors, and the comparison with eager and float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SLACK = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-14}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "sliced channels": lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[:, : t.shape[1]],
+    "sliced columns": lambda t: torch.cat([t, t], 3).contiguous(memory_format=torch.channels_last)[..., : t.shape[3]],
+    "every second column": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def run(convolution: Callable[..., Tensor], *tensors: Tensor, **arguments: int) -> list[Tensor]:
+    """The result and the gradients of all tensors, for a random gradient of the result."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    y = convolution(*leaves, **arguments)
+    return [y.detach(), *torch.autograd.grad(y, leaves, normal(*y.shape, dtype=y.dtype, seed=1))]
+
+
+def exact_results(eager: Callable[..., Tensor], *tensors: Tensor, **arguments: int) -> list[Tensor]:
+    """What run() should give, in float64 throughout; the gradient of the result is rounded as run() rounds it."""
+    doubles = tuple(tensor.double() for tensor in tensors)
+    y = eager(*doubles, **arguments)
+    grad = normal(*y.shape, dtype=tensors[0].dtype, seed=1).double()
+    return [y, *torch.autograd.functional.vjp(lambda *t: eager(*t, **arguments), doubles, grad)[1]]
+
+
+def assert_as_exact(
+    convolution: Callable[..., Tensor], eager: Callable[..., Tensor], *tensors: Tensor, **arguments: int
+) -> None:
+    """Error against float64 at most twice eager's own, plus a slack relative to the tensor's largest value."""
+    dtype, exact = tensors[0].dtype, exact_results(eager, *tensors, **arguments)
+    found, theirs = run(convolution, *tensors, **arguments), run(eager, *tensors, **arguments)
+    for i, (ours, eagers, true) in enumerate(zip(found, theirs, exact, strict=True)):
+        name = f"gradient {i}" if i else "y"
+        assert ours.shape == true.shape and ours.dtype is dtype, name
+        if true.numel():
+            error, allowed = ((value.double() - true).abs().max() for value in (ours, eagers))
+            scale = max(1.0, float(true.abs().max()))
+            assert error <= 2 * allowed + SLACK[dtype] * scale, f"{name}: error {error:.3g}, eager has {allowed:.3g}"
