@@ -63,7 +63,8 @@ class SharedOutputs:
             y = F.batch_norm(pooled, mean, variance, training=True, momentum=1.0, eps=norm.eps)
             self._batch_norms[key] = y, mean, variance  # momentum 1: the running statistics are those of the batch
         y, mean, variance = self._batch_norms[key]
-        if norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None:
+        if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
+            assert norm.momentum is not None  # see of()
             with torch.no_grad():
                 norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
                 norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)

@@ -49,6 +49,15 @@ def test_shared_nodes_give_the_same_outputs_gradients_and_buffers(training: bool
     torch.testing.assert_close(together.state_dict(), alone.state_dict())
 
 
+def test_a_norm_that_does_not_track_keeps_its_running_statistics() -> None:
+    node = two_nodes()[0]
+    norm = node.edges[0]._ops[0][1]
+    norm.track_running_stats = False
+    node([torch.randn(2, 4, 5, 5) for _ in range(2)], shared=SharedOutputs())
+    assert torch.equal(norm.running_mean, torch.zeros(4)) and norm.num_batches_tracked == 0
+    assert node.edges[1]._ops[0][1].num_batches_tracked == 1
+
+
 def test_a_pool_runs_once_per_state(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     original = nn.MaxPool2d.forward
