@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dssp.optimization import logits_of
 from dssp.supernet import Supernet
 
 
@@ -26,18 +27,20 @@ class Architect:
         alpha_weight_decay: float,
         mask_lr: float,
         lambda_prune: float,
+        precision: str,
     ) -> None:
-        self.supernet, self.lambda_prune = supernet, lambda_prune
+        self.supernet, self.lambda_prune, self.precision = supernet, lambda_prune, precision
         groups: list[dict[str, Any]] = [
             {"params": list(supernet.alpha.values()), "lr": alpha_lr, "weight_decay": alpha_weight_decay}
         ]
         if supernet.mask:
             groups.append({"params": list(supernet.mask.values()), "lr": mask_lr, "weight_decay": 0.0})
-        self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), foreach=True)
+        capturable = supernet.classifier.weight.is_cuda  # its step count on the device, where a CUDA graph can count
+        self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), foreach=True, capturable=capturable)
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One update of alpha and masks; detached scalars valid_loss, valid_accuracy, prune_loss."""
-        logits = self.supernet(images)
+        logits = logits_of(self.supernet, images, self.precision)
         loss = F.cross_entropy(logits, labels)
         prune_loss = self.supernet.gate_sum()
         self.optimizer.zero_grad()

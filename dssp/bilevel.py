@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dssp.architect import Architect
+from dssp.capture import CapturedStep
 from dssp.config import SearchConfig
 from dssp.data import DataSet
 from dssp.optimization import cosine, set_learning_rate, sgd, weight_step
@@ -52,11 +53,13 @@ class BilevelSearch:
             alpha_weight_decay=config.alpha_weight_decay,
             mask_lr=config.mask_lr,
             lambda_prune=config.lambda_prune,
+            precision=config.precision,
         )
         self.weights = supernet.weights()
         self.optimizer = sgd(
             self.weights, lr=config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
+        self.captured = CapturedStep(self._bilevel_step, enabled=not config.no_cuda_graphs)
         rules = PruningRules(
             strategy=config.prune_strategy,
             threshold=config.prune_threshold,
@@ -82,6 +85,7 @@ class BilevelSearch:
     def batches(self, epoch: int) -> Iterator[tuple[Batch, Batch | None]]:
         """(training batch, validation batch); no validation batch during warm-up."""
         config = self.config
+        self.captured.reset()  # the learning rate changes, and edges may have gone
         set_learning_rate(
             self.optimizer, cosine(epoch, config.epochs, start=config.weight_lr, end=config.weight_lr_min)
         )
@@ -92,15 +96,9 @@ class BilevelSearch:
         return zip(train, valid, strict=False)  # the halves may differ by one batch
 
     def step(self, batch: tuple[Batch, Batch | None], epoch: int) -> dict[str, Tensor]:
-        """One bilevel step. Each half freezes the other's parameters, so nothing is computed that nobody uses."""
+        """One bilevel step; on a GPU, replayed from a CUDA graph."""
         train, valid = batch
-        values = {}
-        if valid is not None:
-            with frozen(self.weights):
-                values = self.architect.step(*valid)
-        with frozen(self.supernet.architecture_parameters()):
-            values |= weight_step(self.supernet, self.optimizer, *train, grad_clip=self.config.grad_clip)
-        return values
+        return self.captured(*train, *(valid or ()))
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """Record the gates, then prune."""
@@ -132,6 +130,23 @@ class BilevelSearch:
         self.architect.optimizer.load_state_dict(state["architecture_optimizer"])
 
     # ---- its parts -------------------------------------------------------------------------------------------------
+
+    def _bilevel_step(self, images: Tensor, labels: Tensor, *valid: Tensor) -> dict[str, Tensor]:
+        """Each half freezes the other's parameters, so nothing is computed that nobody uses."""
+        values = {}
+        if valid:
+            with frozen(self.weights):
+                values = self.architect.step(*valid)
+        with frozen(self.supernet.architecture_parameters()):
+            values |= weight_step(
+                self.supernet,
+                self.optimizer,
+                images,
+                labels,
+                grad_clip=self.config.grad_clip,
+                precision=self.config.precision,
+            )
+        return values
 
     def _forget_removed_weights(self) -> None:
         """Removed candidates leave the optimizer: no step, no momentum, no memory."""

@@ -86,6 +86,9 @@ class _Config:
     cells: int = option(None, "cells in the network", "model", low=1)
     seed: int = option(0, "fixes split, initial weights, order and augmentation", "run", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", "run")
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "bfloat16 runs the networks under autocast; weights and sums stay float32", "run"
+    )
     run_dir: str | None = option(None, "run folder; default runs/<time>-<method>", "run")
     resume: bool = option(False, "continue the run in --run-dir where it stopped", "run")
     threads: int | None = option(
@@ -143,11 +146,12 @@ class SearchConfig(_Config):
         "search",
     )
     epochs: int = option(None, "passes over the training half, warm-up included", "search", low=1)
+    no_cuda_graphs: bool = option(False, "launch every step from Python (on a GPU, steps are captured)", "run")
     weight_lr: float = option(0.025, "learning rate of the weights (SGD, cosine)", "search", low=0)
     weight_lr_min: float = option(0.001, "where the cosine ends", "search", low=0)
     momentum: float = option(0.9, "momentum of the weights", "search", low=0, high=1)
     weight_decay: float = option(3e-4, "weight decay of the weights", "search", low=0)
-    grad_clip: float = option(5.0, "largest gradient norm of the weights", "search", low=0)
+    grad_clip: float = option(5.0, "largest gradient norm of the weights; 0 = no clipping", "search", low=0)
     alpha_lr: float = option(None, "learning rate of the architecture parameters (Adam)", "search", low=0)
     alpha_weight_decay: float = option(1e-3, "weight decay of the architecture parameters", "search", low=0)
     warmup_epochs: int = option(
@@ -206,7 +210,7 @@ class RetrainConfig(_Config):
     lr: float = option(0.025, "learning rate (SGD, cosine down to 0)", "training", low=0)
     momentum: float = option(0.9, "momentum", "training", low=0, high=1)
     weight_decay: float = option(3e-4, "weight decay", "training", low=0)
-    grad_clip: float = option(5.0, "largest gradient norm", "training", low=0)
+    grad_clip: float = option(5.0, "largest gradient norm; 0 = no clipping", "training", low=0)
 
 
 def parse_search(argv: Sequence[str] | None = None) -> SearchConfig:

@@ -26,16 +26,31 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def logits_of(model: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """model(images) or, with precision "bfloat16", the same under autocast and back in float32."""
+    if precision != "bfloat16":
+        return model(images)
+    with torch.autocast(images.device.type, torch.bfloat16):
+        return model(images).float()
+
+
 def weight_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, *, grad_clip: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    grad_clip: float,
+    precision: str,
 ) -> dict[str, Tensor]:
-    """One step on the cross-entropy with the gradient norm clipped; detached scalars train_loss, train_accuracy."""
-    logits = model(images)
+    """One step on the cross-entropy; detached scalars train_loss, train_accuracy. A grad_clip of 0 clips nothing."""
+    logits = logits_of(model, images, precision)
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     loss.backward()
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    nn.utils.clip_grad_norm_(weights, grad_clip, foreach=True)
+    if grad_clip > 0:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        nn.utils.clip_grad_norm_(weights, grad_clip, foreach=True)
     optimizer.step()
     return {"train_loss": loss.detach(), "train_accuracy": (logits.detach().argmax(1) == labels).float().mean()}
 

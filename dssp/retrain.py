@@ -60,6 +60,7 @@ def retrain(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         grad_clip=config.grad_clip,
+        precision=config.precision,
         seed=config.seed,
     )
     callbacks: list[Callback] = [

@@ -27,9 +27,10 @@ class Retraining:
         momentum: float,
         weight_decay: float,
         grad_clip: float,
+        precision: str,
         seed: int,
     ) -> None:
-        self.network, self.train = network, train
+        self.network, self.train, self.precision = network, train, precision
         self.epochs, self.batch_size, self.lr, self.grad_clip, self.seed = epochs, batch_size, lr, grad_clip, seed
         self.optimizer = sgd(network.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -44,7 +45,7 @@ class Retraining:
 
     def step(self, batch: tuple[Tensor, Tensor], epoch: int) -> dict[str, Tensor]:
         """One weight step."""
-        return weight_step(self.network, self.optimizer, *batch, grad_clip=self.grad_clip)
+        return weight_step(self.network, self.optimizer, *batch, grad_clip=self.grad_clip, precision=self.precision)
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """The learning rate the epoch had."""

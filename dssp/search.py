@@ -50,7 +50,10 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
 
 def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
     """The retraining that a search ends with."""
-    shared = ("dataset", "data_path", "image_size", "seed", "device", "run_dir", "resume", "threads", "workers")
+    shared = (
+        *("dataset", "data_path", "image_size", "seed", "device", "precision"),
+        *("run_dir", "resume", "threads", "workers"),
+    )
     sizes = ("epochs", "batch_size", "channels", "cells")
     return RetrainConfig(
         genotype=genotype,

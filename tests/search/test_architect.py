@@ -25,7 +25,7 @@ def problem(**settings: Any) -> tuple[Supernet, Tensor, Tensor]:
 
 def architect(supernet: Supernet, **settings: float) -> Architect:
     defaults = {"alpha_lr": 0.1, "alpha_weight_decay": 0.0, "mask_lr": 0.1, "lambda_prune": 0.0}
-    return Architect(supernet, **{**defaults, **settings})
+    return Architect(supernet, precision="float32", **{**defaults, **settings})
 
 
 @pytest.mark.parametrize("lambda_prune", [0.0, 0.3])

@@ -178,3 +178,22 @@ def test_frozen_parameters_thaw_when_a_step_fails() -> None:
         assert not parameter.requires_grad
         raise RuntimeError("stop")
     assert parameter.requires_grad
+
+
+def test_bfloat16_steps_stay_near_float32_ones_and_keep_the_parameters_float32() -> None:
+    rows = []
+    for precision in ("float32", "bfloat16"):
+        search = small_search(precision=precision, channels=4)
+        rows.append([search.step(batch, epoch=1) for batch in search.batches(1)])
+        assert {parameter.dtype for parameter in search.supernet.parameters()} == {torch.float32}
+    for exact, rounded in zip(*rows, strict=True):
+        torch.testing.assert_close(rounded["train_loss"], exact["train_loss"], rtol=0.05, atol=0)
+        assert not torch.equal(rounded["train_loss"], exact["train_loss"])
+
+
+def test_a_grad_clip_of_zero_clips_nothing() -> None:
+    free, loose = (small_search(grad_clip=clip) for clip in (0.0, 1e9))
+    for search in (free, loose):
+        search.step(next(search.batches(1)), epoch=1)
+    for a, b in zip(free.weights, loose.weights, strict=True):
+        assert torch.equal(a, b)
