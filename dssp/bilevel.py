@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dssp.architect import Architect
 from dssp.capture import CapturedStep
-from dssp.config import SearchConfig
+from dssp.config import ConfigError, SearchConfig
 from dssp.data import DataSet
 from dssp.optimization import cosine, set_learning_rate, sgd, weight_step
 from dssp.pruning import GateTable, Pruner, PruningRules, batch_statistics, measured_effects
@@ -69,6 +69,8 @@ class BilevelSearch:
             epochs=config.epochs,
             every=config.prune_every,
         )
+        if config.prune_strategy != "none" and config.epochs > config.warmup_epochs and not rules.points():
+            raise ConfigError("prune_every", f"no pruning point in {config.epochs} epochs, got {config.prune_every}")
         self.held_out = data.valid.sample(HELD_OUT, seed=config.seed)
         self.pruner = Pruner(supernet, rules, lambda edges: measured_effects(supernet, edges, *self.held_out))
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
+from dssp.config import ConfigError
 from dssp.data import DataUnavailable
 from dssp.run_folder import RunFolderError
 
@@ -41,5 +42,7 @@ def run_command(run: Callable[[Config, Console], Any], config: Config) -> None:
         run(config, Console())
     except (DataUnavailable, RunFolderError, DeviceUnavailable, GenotypeUnavailable) as error:
         sys.exit(str(error))
+    except ConfigError as error:
+        sys.exit(f"--{error.field.replace('_', '-')}: {error.reason}")
     except KeyboardInterrupt:
         sys.exit("interrupted; --resume continues after the last finished epoch")

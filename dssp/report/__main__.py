@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dssp.report import RunFolderError, write_report
+from dssp.report import UnreadableRun, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_dir = parser.parse_args(arguments).run_dir
     try:
         print(write_report(run_dir))
-    except (RunFolderError, OSError) as error:
+    except (UnreadableRun, OSError) as error:
         sys.exit(f"dssp.report: error: {error}")
 
 

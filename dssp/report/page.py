@@ -34,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
     """Write run_dir/report.html, replacing it as a whole, and return its path.
 
     The page needs no other file, no network and no JavaScript. It shows what the folder has: also a search that is
-    still running, and a baseline without masks. Raises RunFolderError if `run_dir` is not a run folder or a file in it
+    still running, and a baseline without masks. Raises UnreadableRun if `run_dir` is not a run folder or a file in it
     is malformed.
     """
     run_dir = Path(run_dir)

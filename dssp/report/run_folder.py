@@ -12,7 +12,7 @@ from typing import Any
 from dssp.genotype import Genotype
 
 
-class RunFolderError(ValueError):
+class UnreadableRun(ValueError):
     """A run folder that cannot be read. The message names the file, the line, what came and what was expected."""
 
 
@@ -76,11 +76,11 @@ class Run:
 
 
 def read_run_folder(path: Path) -> Run:
-    """Read a run folder. Raises RunFolderError for a folder that is none, and for a file that is malformed."""
+    """Read a run folder. Raises UnreadableRun for a folder that is none, and for a file that is malformed."""
     if not path.is_dir():
-        raise RunFolderError(f"{path} is not a folder; expected a run folder, e.g. runs/X")
+        raise UnreadableRun(f"{path} is not a folder; expected a run folder, e.g. runs/X")
     if not (path / "config.json").is_file():
-        raise RunFolderError(f"{path} is not a run folder: it has no config.json")
+        raise UnreadableRun(f"{path} is not a run folder: it has no config.json")
     config = _read_json(path / "config.json")
     edges = _edges(config)
     summary = _read_json(path / "summary.json") if (path / "summary.json").is_file() else None
@@ -106,9 +106,9 @@ class _Fields:
     def __init__(self, value: Any, where: str) -> None:
         self.value, self.where = value, where
 
-    def fail(self, key: str, expected: str, got: Any) -> RunFolderError:
+    def fail(self, key: str, expected: str, got: Any) -> UnreadableRun:
         shown = repr(got)
-        return RunFolderError(f"{self.where}: {key!r} must be {expected}, got {shown[:60]}{'...' * (len(shown) > 60)}")
+        return UnreadableRun(f"{self.where}: {key!r} must be {expected}, got {shown[:60]}{'...' * (len(shown) > 60)}")
 
     def get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
         value = self.value.get(key)
@@ -160,9 +160,9 @@ def _parse(text: bytes, where: str) -> _Fields:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RunFolderError(f"{where}: not valid JSON ({error})") from error
+        raise UnreadableRun(f"{where}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise RunFolderError(f"{where}: expected a JSON object, got {type(value).__name__}")
+        raise UnreadableRun(f"{where}: expected a JSON object, got {type(value).__name__}")
     return _Fields(value, where)
 
 
@@ -241,7 +241,7 @@ def _genotype(path: Path, summary: _Fields | None) -> Genotype | None:
     try:
         return Genotype.from_dict(fields)
     except ValueError as error:
-        raise RunFolderError(f"{source.where}: {error}") from error
+        raise UnreadableRun(f"{source.where}: {error}") from error
 
 
 def _summary(summary: _Fields) -> Summary:

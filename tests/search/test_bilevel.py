@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from dssp.bilevel import BilevelSearch, frozen
-from dssp.config import SearchConfig
+from dssp.config import ConfigError, SearchConfig
 from dssp.data import load_data
 from dssp.search import build_supernet
 from tests.search.small import BATCH, small_data, small_search
@@ -197,3 +197,9 @@ def test_a_grad_clip_of_zero_clips_nothing() -> None:
         search.step(next(search.batches(1)), epoch=1)
     for a, b in zip(free.weights, loose.weights, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_schedule_without_a_pruning_point_is_refused() -> None:
+    with pytest.raises(ConfigError, match="prune_every: no pruning point in 4 epochs, got 9"):
+        small_search(prune_every=9)
+    small_search(prune_every=9, prune_strategy="none")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dssp.genotype import Genotype
-from dssp.report import RunFolderError, write_report
+from dssp.report import UnreadableRun, write_report
 from dssp.report.axis import spread, tick_labels, ticks
 from dssp.report.cells import draw_cell, lay_out
 from dssp.report.run_folder import read_run_folder
@@ -364,7 +364,7 @@ def test_malformed_metrics_names_file_and_line(tmp_path: Path, line: str, compla
     metrics = folder / "metrics.jsonl"
     first, _, rest = metrics.read_text().partition("\n")
     metrics.write_text(f"{first}\n{line}\n{rest}")
-    with pytest.raises(RunFolderError) as error:
+    with pytest.raises(UnreadableRun) as error:
         write_report(folder)
     assert str(error.value).startswith(f"{metrics}, line 2: ")
     assert complaint in str(error.value)
@@ -385,7 +385,7 @@ def test_malformed_metrics_names_file_and_line(tmp_path: Path, line: str, compla
 def test_malformed_file_is_named(tmp_path: Path, name: str, content: dict[str, Any], complaint: str) -> None:
     folder = write_run(tmp_path / "run")
     change_json(folder / name, **content)
-    with pytest.raises(RunFolderError) as error:
+    with pytest.raises(UnreadableRun) as error:
         write_report(folder)
     assert str(error.value).startswith(str(folder / name))
     assert complaint in str(error.value)
