@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
@@ -99,9 +98,12 @@ def _signature(code: CodeType) -> tuple[object, ...]:
 _NESTED = 0x10  # CO_NESTED: a class inside a function
 
 
-@torch.compiler.assume_constant_result
 def _forwards_to_op(cls: Any, forward: Any) -> bool:
     return _computes_op_of_x(cls, forward)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler along with this package (seconds).
+_forwards_to_op._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
