@@ -35,6 +35,17 @@ def empty_as(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
+def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor itself if it has these strides, else a copy that does.
+
+    Backward walks memory flat, but a gradient may come expanded or laid out otherwise by what follows, and a saved
+    tensor laid out otherwise by the hooks it went through (save_on_cpu(pin_memory=True) keeps no layout).
+    """
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 # ---- argument checks -----------------------------------------------------------------------------------------------
 
 
@@ -46,24 +57,25 @@ def _check_outputs(outputs: Sequence[Tensor | None]) -> list[Tensor]:
     """The entries that are tensors, all of one shape and device."""
     if not isinstance(outputs, (list, tuple)):
         raise TypeError(f"outputs: expected a list or tuple of tensors or None, got {type(outputs).__name__}")
-    tensors = [output for output in outputs if output is not None]
-    for i, output in enumerate(outputs):
-        if output is not None and not isinstance(output, Tensor):
-            raise TypeError(f"outputs[{i}]: expected a tensor or None, got {type(output).__name__}")
-    if not tensors:
-        raise ValueError(f"outputs: expected at least one tensor, got {len(outputs)} entries without any")
-    shape, device = tensors[0].shape, tensors[0].device
+    tensors: list[Tensor] = []
     for i, output in enumerate(outputs):
         if output is None:
             continue
+        if not isinstance(output, Tensor):
+            raise TypeError(f"outputs[{i}]: expected a tensor or None, got {type(output).__name__}")
         if output.dtype not in _DTYPES:
             raise TypeError(f"outputs[{i}]: expected float16, bfloat16, float32 or float64, got {output.dtype}")
         if output.layout is not torch.strided:
             raise TypeError(f"outputs[{i}]: expected a dense (strided) tensor, got layout {output.layout}")
-        if output.shape != shape:
+        if not tensors:
+            shape, device = output.shape, output.device
+        elif output.shape != shape:
             raise ValueError(f"outputs[{i}]: expected the first tensor's shape {list(shape)}, got {list(output.shape)}")
-        if output.device != device:
+        elif output.device != device:
             raise ValueError(f"outputs[{i}]: expected the first tensor's device {device}, got {output.device}")
+        tensors.append(output)
+    if not tensors:
+        raise ValueError(f"outputs: expected at least one tensor, got {len(outputs)} entries without any")
     return tensors
 
 
