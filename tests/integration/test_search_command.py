@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,10 @@ import torch
 from PIL import Image
 
 from dssp import retrain, search
+from dssp.callbacks import MetricsLog
+from dssp.engine import Engine
 from dssp.genotype import load_genotype
+from dssp.metrics import RunningMeans
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ["--channels", "2", "--cells", "3", "--threads", "1"]
@@ -227,19 +229,17 @@ CUTS = pytest.mark.parametrize(
 
 @CUTS
 def test_interrupted_search_continues_bit_for_bit(
-    finished: Path, data: list[str], tmp_path: Path, log: str, lines: int
+    finished: Path, data: list[str], tmp_path: Path, log: str, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
 
-    def interrupt() -> None:
-        wait_for(run / log, lines)
-        signal.raise_signal(signal.SIGINT)  # Ctrl-C
+    def press_ctrl_c(self: MetricsLog, engine: Engine, epoch: int, step: int, means: RunningMeans) -> None:
+        if (run / log).exists() and len((run / log).read_text().splitlines()) >= lines:
+            signal.raise_signal(signal.SIGINT)
 
-    finger = threading.Thread(target=interrupt)
-    finger.start()
-    with pytest.raises(SystemExit, match="interrupted; --resume continues after the last finished epoch"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; --resume continues after the"):
+        patch.setattr(MetricsLog, "step_end", press_ctrl_c)
         search.main(flags(data, run))
-    finger.join()
     assert not (run / "summary.json").exists()
     search.main([*flags(data, run), "--resume"])
     assert_same_run(run, finished)
