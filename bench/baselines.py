@@ -1,36 +1,62 @@
-"""The contenders: what people write today, the same compiled, and a copy as the ceiling."""
+"""The contenders: what people write today, the same compiled, our operators, and a copy as the ceiling."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.cases import Inputs
+from dssp_kernels import batch_norm_mixed_sum, mixed_sum
 
-Mix = Callable[..., Any]  # (outputs, alpha, mask, active) -> Tensor
+Mix = Callable[..., Any]  # (outputs, alpha, mask, active, norms where the case has any) -> Tensor
+Norms = Sequence[nn.BatchNorm2d | None]
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def eager(outputs: list[Tensor], alpha: Tensor, mask: Tensor, active: Tensor | None = None) -> Any:
-    """DARTS' own expression for an edge; for a node, its sum over the edges.
+def eager(
+    outputs: list[Tensor], alpha: Tensor, mask: Tensor, active: Tensor | None = None, norms: Norms | None = None
+) -> Any:
+    """DARTS' own expression for an edge, each candidate's BatchNorm in training mode before it; for a node, its sum
+    over the edges.
 
     Stock code knows no pruned edge: one whose flag is off is computed and multiplied by 0, at full cost.
     """
     weights, gates = torch.softmax(alpha, -1), torch.sigmoid(mask)
+    entries = iter(outputs if norms is None else normalised(outputs, norms))
+
+    def edge(row: Tensor) -> Any:  # the row ends first: what is left of the entries belongs to the next edge
+        return sum(w * o for w, o in zip(row, entries, strict=False))
+
     if alpha.dim() == 1:
-        return sum(w * o for w, o in zip(weights, outputs, strict=True)) * gates
+        return edge(weights) * gates
     if active is not None:
         gates = gates * active
-    candidates = alpha.shape[1]
-    edges = [outputs[i : i + candidates] for i in range(0, len(outputs), candidates)]
-    rows = zip(weights, edges, gates, strict=True)
-    return sum(sum(w * o for w, o in zip(row, edge, strict=True)) * gate for row, edge, gate in rows)
+    return sum(edge(row) * gate for row, gate in zip(weights, gates, strict=True))
+
+
+def normalised(outputs: list[Tensor], norms: Norms) -> Iterator[Tensor]:
+    """One after the other, when the sum asks for it: as DARTS' candidates end in their norm."""
+    return (norm(output) for norm, output in zip(norms, outputs, strict=True))  # type: ignore[misc]  # none is None
+
+
+def ours(
+    outputs: Sequence[Tensor | None],
+    alpha: Tensor,
+    mask: Tensor,
+    active: Tensor | None = None,
+    norms: Norms | None = None,
+) -> Tensor:
+    """The fused operator of dssp_kernels."""
+    if norms is None:
+        return mixed_sum(outputs, alpha, mask, active=active)
+    return batch_norm_mixed_sum(outputs, alpha, mask, norms=norms, training=True, active=active)
 
 
 def stack_einsum(outputs: list[Tensor], alpha: Tensor, mask: Tensor, active: Tensor | None = None) -> Tensor:
@@ -42,7 +68,8 @@ def stack_einsum(outputs: list[Tensor], alpha: Tensor, mask: Tensor, active: Ten
 
 
 def call(mix: Mix, inputs: Inputs) -> Any:
-    return mix(inputs.outputs, inputs.alpha, inputs.mask, active=inputs.active)
+    norms = {} if inputs.norms is None else {"norms": inputs.norms}
+    return mix(inputs.outputs, inputs.alpha, inputs.mask, active=inputs.active, **norms)
 
 
 def forward(mix: Mix, inputs: Inputs) -> Tensor:
@@ -62,16 +89,16 @@ PASSES = {"forward": forward, "forward+backward": forward_backward}
 
 @contextmanager
 def empty_compile_cache() -> Iterator[None]:
-    """Let torch.compile start from nothing, so that its times are those of a first run, unless a cache was chosen."""
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        yield
-        return
+    """Let torch.compile start from nothing, so that its times are those of a first run."""
+    before = os.environ.get(CACHE)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        os.environ[CACHE] = folder
         try:
             yield
         finally:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            del os.environ[CACHE]
+            if before is not None:
+                os.environ[CACHE] = before
 
 
 class Compiler:
@@ -80,17 +107,20 @@ class Compiler:
     def __init__(self, enabled: bool) -> None:
         self.problem = None if enabled else "switched off (--no-compile)"
 
-    def compile(self, mix: Mix, inputs: Inputs, device: torch.device) -> tuple[Mix | None, dict[str, float]]:
-        """Compiled mix and the seconds each pass took to compile; (None, {}) once the machine has failed to."""
-        if self.problem:
+    def compile(
+        self, mix: Mix, inputs: Inputs, passes: Sequence[str], device: torch.device
+    ) -> tuple[Mix | None, dict[str, float]]:
+        """Compiled mix and the seconds each of the passes took to compile; (None, {}) once the machine has failed to,
+        or where no pass is asked for."""
+        if self.problem or not passes:
             return None, {}
         torch.compiler.reset()  # each case is compiled for its own static shape and strides
         compiled = torch.compile(mix, fullgraph=True, dynamic=False)
         seconds = {}
-        for name, run in PASSES.items():
+        for name in passes:
             start = time.perf_counter()
             try:
-                run(compiled, inputs)
+                PASSES[name](compiled, inputs)
             except (
                 RuntimeError,
                 OSError,

@@ -1,16 +1,14 @@
-"""What comes out: machine, versions and commit; geometric means; table, JSON and plot."""
+"""What comes out: machine, versions and commit; geometric means over the rows; the JSON file."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 import dssp
 
 Row = dict[str, Any]
+Values = Mapping[str, float | None]
 TIMES = "\N{MULTIPLICATION SIGN}"
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,83 +74,52 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def mean_speedups(rows: Sequence[Row], shapes: Sequence[tuple[int, ...]], key: str) -> dict[str, Any]:
-    """Geometric mean over `shapes` of row[key] of single edges at K=7, float32: layout -> pass -> baseline -> ratio.
+def kind(row: Row) -> str:
+    """What was mixed: "edge" or "node E=5", with BatchNorm or without."""
+    mixed = "edge" if row["edges"] == 1 else f"node E={row['edges']}"
+    return mixed + (" with BatchNorm" if row["batch_norm"] else "")
 
-    None where a shape was not measured, has no such baseline, or failed its accuracy check.
+
+def means(rows: Sequence[Row], shapes: Sequence[tuple[int, ...]], values: Callable[[Row], Values]) -> dict[str, Any]:
+    """Geometric means over `shapes` of values(row) at K=7, float32, nothing pruned: kind -> layout -> pass -> name.
+
+    None where a shape was not measured, has no such value, or failed its accuracy check.
     """
     wanted = [list(shape) for shape in shapes]
-    chosen = [
-        row
-        for row in rows
-        if row["shape"] in wanted and (row["edges"], row["candidates"], row["dtype"]) == (1, 7, "float32")
-    ]
-    means: dict[str, Any] = {}
-    for row in chosen:
-        alike = [other for other in chosen if (other["layout"], other["pass"]) == (row["layout"], row["pass"])]
-        ratios = {name: [other[key].get(name) for other in alike] for name in row[key]}
-        means.setdefault(row["layout"], {})[row["pass"]] = {
-            name: geometric_mean(values) if len(values) == len(wanted) and None not in values else None
-            for name, values in ratios.items()
-        }
-    return means
+    chosen: dict[tuple[str, str, str], list[Values]] = {}
+    for row in rows:
+        if row["shape"] in wanted and (row["candidates"], row["dtype"], row["pruned"]) == (7, "float32", 0):
+            chosen.setdefault((kind(row), row["layout"], row["pass"]), []).append(values(row))
+    found: dict[str, Any] = {}
+    for (mixed, layout, name), alike in chosen.items():
+        passes = found.setdefault(mixed, {}).setdefault(layout, {})
+        passes[name] = {key: mean_of_all([each.get(key) for each in alike], len(wanted)) for key in alike[0]}
+    return found
 
 
-COLUMNS = (
-    "case",
-    "pass",
-    "eager",
-    "channels_last",
-    "einsum",
-    "compile",
-    "ours",
-    "GB/s",
-    "of copy",
-    "peak MB",
-    "error",
-    "",
-)
-BASELINES = ("eager", "eager channels_last", "stack+einsum", "torch.compile")
+def mean_of_all(values: Sequence[float | None], count: int) -> float | None:
+    present = [value for value in values if value is not None]
+    return geometric_mean(present) if len(present) == len(values) == count else None
 
 
-def cells(row: Row) -> list[str]:
-    """One line of the table; peak memory and error as ours / eager."""
-
-    def baseline(name: str) -> str:
-        if name not in row["milliseconds"]:
-            return "-"
-        ratio = row["speedup"][name]
-        return f"{row['milliseconds'][name]:.3f}" + (f" {TIMES}{ratio:.2f}" if ratio is not None else "")
-
-    peak, error = row["peak_memory_bytes"], row["error"]
-    return [
-        row["case"],
-        row["pass"].replace("forward", "fwd").replace("backward", "bwd"),
-        *(baseline(name) for name in BASELINES),
-        f"{row['milliseconds']['ours']:.3f}",
-        f"{row['gb_per_s']:.1f}",
-        f"{row['fraction_of_copy']:.0%}",
-        f"{peak['ours'] / 2**20:.1f} / {peak['eager'] / 2**20:.1f}",
-        f"{max(error['ours'].values()):.0e} / {max(error['eager'].values()):.0e}",
-        "ok" if row["accuracy"] == "green" else "RED",
-    ]
+def memory_shares(row: Row) -> Values:
+    """Bytes kept for backward and peak bytes, ours over eager's."""
+    saved, peak = row["saved_bytes"], row["peak_memory_bytes"]
+    return {"peak": peak["ours"] / peak["eager"]} | ({"saved": saved["ours"] / saved["eager"]} if saved else {})
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """Table on the terminal, with rich where it is installed."""
-    lines = [cells(row) for row in rows]
-    if importlib.util.find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*COLUMNS, title=f"milliseconds per call, {TIMES}: times ours; peak MB and error: ours / eager")
-        for line in lines:
-            table.add_row(*line, style="red" if line[-1] == "RED" else None)
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
-    for line in [list(COLUMNS), *lines]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+def summarise(rows: Sequence[Row], shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What the rows come to: means over `shapes`, and the row in which eager comes closest."""
+    green = [row for row in rows if row["accuracy"] == "green"]
+    closest = min(green, key=lambda row: row["speedup"]["eager"], default=None)
+    return {
+        "speedup": means(rows, shapes, lambda row: row["speedup"]),
+        "best_speedup": means(rows, shapes, lambda row: row["best_speedup"]),
+        "memory": means(rows, shapes, memory_shares),
+        "fraction_of_copy": means(rows, shapes, lambda row: {"copy": row["fraction_of_copy"]}),
+        "least_speedup": closest
+        and {"case": closest["case"], "pass": closest["pass"], "eager": closest["speedup"]["eager"]},
+    }
 
 
 def finite(value: Any) -> Any:
@@ -164,30 +132,15 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Write `results`, each of its values on a line of its own and, where that is a list, each entry of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".tmp")
-    staged.write_text(json.dumps(finite(results), indent=1) + "\n")
+    entries = [f"{json.dumps(key)}: {on_lines(value)}" for key, value in finite(results).items()]
+    staged.write_text("{\n" + ",\n".join(entries) + "\n}\n")
     os.replace(staged, path)
 
 
-def write_plot(path: Path, rows: Sequence[Row]) -> bool:
-    """Speed-up of every row as bars, one panel per pass; False where matplotlib is not installed."""
-    if not importlib.util.find_spec("matplotlib"):
-        return False
-    from matplotlib.figure import Figure  # the object interface needs no display and no global state
-
-    passes = list(dict.fromkeys(row["pass"] for row in rows))
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = Figure(figsize=(7 * len(passes), 1.5 + 0.55 * len(cases)), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(passes), sharey=True, squeeze=False)[0], passes, strict=True):
-        ratios = {row["case"]: row["speedup"] for row in rows if row["pass"] == name}
-        for index, baseline in enumerate(BASELINES):
-            places = [place + 0.2 * (index - 1.5) for place in range(len(cases))]
-            axis.barh(places, [ratios[case].get(baseline) or 0 for case in cases], 0.2, label=baseline)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(title=name, xlabel="time over ours (no bar: not measured, or accuracy red)", yticks=range(len(cases)))
-        axis.set_yticklabels(cases)
-    axis.invert_yaxis()
-    axis.legend()
-    figure.savefig(path)
-    return True
+def on_lines(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n]"
+    return json.dumps(value)

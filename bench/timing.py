@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
 Calls = Sequence[Callable[[], object]]  # the same work on different buffers, used in turn
 
@@ -103,45 +99,3 @@ def cuda_measure(call: Callable[[], None], repeats: int) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / repeats
-
-
-def peak_memory(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, int]:
-    """Most bytes each call held at once on the device, beyond what was there before it: results and intermediates.
-
-    GPU: the caching allocator's own peak. CPU: running sum of the allocations and releases torch's profiler records.
-    """
-    return cuda_peak_memory(calls, device) if device.type == "cuda" else host_peak_memory(calls)
-
-
-def cuda_peak_memory(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, int]:
-    peaks = {}
-    for name, call in calls.items():
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        torch.cuda.synchronize(device)
-        peaks[name] = torch.cuda.max_memory_allocated(device) - before
-    return peaks
-
-
-def host_peak_memory(calls: Mapping[str, Callable[[], object]]) -> dict[str, int]:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for name, call in calls.items():
-            with record_function(f"peak memory: {name}"):
-                call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    events = sorted((event for event in events if "ts" in event), key=lambda event: event["ts"])
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
-    peaks = {}
-    for name in calls:
-        span = next(event for event in events if event["name"] == f"peak memory: {name}")
-        held = peak = 0
-        for when, change in changes:
-            if span["ts"] <= when <= span["ts"] + span["dur"]:
-                held += change
-                peak = max(peak, held)
-        peaks[name] = peak
-    return peaks

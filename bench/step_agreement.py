@@ -1,0 +1,56 @@
+"""Do both supernets compute the same? Loss and gradients of a training step, in float32 and in float64.
+
+In float32 two correct implementations differ by more than rounding: about a millionth of the signs that ReLU looks at
+(and of the maxima of max pooling) hang on the last bits, and each one that falls the other way switches a path of the
+gradient. That moves gradients by about the square root of that share, 1e-3 of their norm, those of the smallest layers
+by 1e-2: stock DARTS in channels_last is as far from stock DARTS in contiguous memory. So the bound on gradients is
+checked in float64, where no sign hangs on rounding; in float32 both distances are shown, and ours is bounded loosely.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from bench.accuracy import relative_error
+from bench.step_subjects import Batch, TrainingStep
+
+LIMITS = {"loss_error": 1e-5, "gradient_error": 5e-2, "gradient_error_float64": 1e-9}
+IMAGES_FLOAT64 = 2  # depthwise convolutions of torch are slow in float64
+
+
+def agreement(steps: Mapping[str, TrainingStep], renamed: Mapping[str, str], batch: Batch) -> dict[str, float]:
+    """Errors after a step of each: |loss - stock's| / |stock's|, and the largest |g - stock's g| / |stock's g|."""
+    stock, ours = steps["stock"], steps["ours"]
+    losses = float(stock.loss), float(ours.loss)
+    return {
+        "loss_error": abs(losses[1] - losses[0]) / abs(losses[0]),
+        "gradient_error": gradient_error(stock.model, ours.model, renamed),
+        "gradient_error_stock_channels_last": gradient_error(stock.model, steps["stock_channels_last"].model, {}),
+        "gradient_error_float64": float64_gradient_error(stock.model, ours.model, renamed, batch),
+    }
+
+
+def gradient_error(stock: nn.Module, other: nn.Module, renamed: Mapping[str, str]) -> float:
+    """The largest relative distance of a parameter's gradient from that of the stock; NaN if any is NaN."""
+    others = dict(other.named_parameters())
+    pairs = ((others[renamed.get(name, name)].grad, parameter.grad) for name, parameter in stock.named_parameters())
+    errors = [relative_error([grad], [exact]) for grad, exact in pairs]  # type: ignore[list-item]  # steps leave none out
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
+def float64_gradient_error(stock: nn.Module, ours: nn.Module, renamed: Mapping[str, str], batch: Batch) -> float:
+    """The same for copies in float64, on the first images of the batch."""
+    images, labels = (part[:IMAGES_FLOAT64] for part in batch)
+    stock, ours = (copy.deepcopy(model).double() for model in (stock, ours))
+    for model in (stock, ours):
+        TrainingStep(model, (images.double(), labels))()
+    return gradient_error(stock, ours, renamed)
+
+
+def is_green(errors: Mapping[str, float]) -> bool:
+    """True if every error is within its limit; NaN never is."""
+    return all(errors[name] <= limit for name, limit in LIMITS.items())
