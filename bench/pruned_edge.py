@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.timing import time_interleaved
+from dssp.spaces import DARTS
 from dssp.spaces.operations import OPERATIONS
 from dssp_kernels import FusedMixedEdge
 
 
 def darts_edge(channels: int, device: torch.device) -> FusedMixedEdge:
-    candidates: list[nn.Module] = [build(channels, 1, False) for name, build in OPERATIONS.items() if name != "none"]
+    candidates: list[nn.Module] = [OPERATIONS[name](channels, 1, False) for name in DARTS.operations if name != "none"]
     return FusedMixedEdge(candidates).to(device).to(memory_format=torch.channels_last)
 
 

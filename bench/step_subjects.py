@@ -18,7 +18,7 @@ from dssp.bilevel import BilevelSearch
 from dssp.config import SearchConfig
 from dssp.data import DataSet, load_data
 from dssp.spaces import DARTS, CellSpace
-from dssp.supernet import CELL_TYPES, Supernet
+from dssp.supernet import Supernet
 
 Batch = tuple[Tensor, Tensor]
 Phases = Mapping[str, Callable[[], object]]  # what makes up a step, in order
@@ -125,7 +125,7 @@ def kept_edges(space: CellSpace, share: float) -> set[int]:
 def prune_to(supernet: Supernet, share: float) -> None:
     """Remove edges of both cell types until about `share` of them is left."""
     kept = kept_edges(supernet.space, share)
-    for cell_type in CELL_TYPES:
+    for cell_type in supernet.cell_types:
         for position, (source, node) in enumerate(supernet.space.edges):
             if position not in kept:
                 supernet.remove_edge(f"{cell_type}:{source}->{node}")

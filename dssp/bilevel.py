@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dssp.architect import Architect
+from dssp.benchmark import Benchmark
 from dssp.capture import CapturedStep
 from dssp.config import ConfigError, SearchConfig
 from dssp.data import DataSet
+from dssp.derivation import derive
+from dssp.genotype import AnyGenotype
 from dssp.optimization import cosine, set_learning_rate, sgd, weight_step
 from dssp.pruning import GateTable, Pruner, PruningRules, batch_statistics, measured_effects
-from dssp.supernet import CELL_TYPES, Supernet
+from dssp.supernet import Supernet
 
 HELD_OUT = 256  # images of the validation half on which candidates for removal are measured
 
@@ -39,13 +42,16 @@ class BilevelSearch:
     """DARTS' bilevel optimisation (Liu et al. 2019, algorithm 1, first order) of weights, alpha and masks; prunes.
 
     Every step updates alpha and masks on a batch of the validation half, then weights on a batch of the training half.
-    The first ``warmup_epochs`` train weights only. A task of engine.Engine.
+    The first ``warmup_epochs`` train weights only. A ``benchmark`` is asked after every epoch what the derived cell is
+    worth; the answer goes into the epoch's row and nowhere else. A task of engine.Engine.
     """
 
     name = "search"
 
-    def __init__(self, config: SearchConfig, supernet: Supernet, data: DataSet) -> None:
-        self.config, self.supernet, self.data = config, supernet, data
+    def __init__(
+        self, config: SearchConfig, supernet: Supernet, data: DataSet, benchmark: Benchmark | None = None
+    ) -> None:
+        self.config, self.supernet, self.data, self.benchmark = config, supernet, data, benchmark
         self.epochs = config.epochs
         self.architect = Architect(
             supernet,
@@ -78,6 +84,14 @@ class BilevelSearch:
         """True while only weights are trained."""
         return epoch < self.config.warmup_epochs
 
+    def derived(self) -> AnyGenotype:
+        """What the search would end in if it ended now."""
+        return derive(self.supernet, max_edges_per_node=self.config.max_edges_per_node)
+
+    def tabulated(self) -> dict[str, float] | None:
+        """The benchmark's accuracies of the derived cell, None without a benchmark."""
+        return None if self.benchmark is None else self.benchmark.tabulated(self.derived())
+
     # ---- the engine's side -----------------------------------------------------------------------------------------
 
     def steps(self) -> int:
@@ -103,7 +117,7 @@ class BilevelSearch:
         return self.captured(*train, *(valid or ()))
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
-        """Record the gates, then prune."""
+        """Record the gates, prune, look up what is left."""
         row: dict[str, Any] = {"phase": "warm-up" if self.is_warming_up(epoch) else "search"}
         if self.is_warming_up(epoch):
             row |= self._held_out_metrics()
@@ -114,6 +128,8 @@ class BilevelSearch:
         row["pruned"] = self.pruner.end_epoch(epoch, step=(epoch + 1) * self.steps())
         if row["pruned"]:
             self._forget_removed_weights()
+        if (tabulated := self.tabulated()) is not None:
+            row["tabulated"] = tabulated
         return row
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +190,7 @@ class BilevelSearch:
         """Gates, normalised gates (None where an edge is gone) and softmax weights, by cell type."""
         supernet = self.supernet
         row: dict[str, Any] = {
-            "alpha": {type: supernet.alpha[type].detach().softmax(-1).tolist() for type in CELL_TYPES},
+            "alpha": {type: supernet.alpha[type].detach().softmax(-1).tolist() for type in supernet.cell_types},
             "gates": None,
             "normalised_gates": None,
         }
@@ -183,5 +199,7 @@ class BilevelSearch:
             per_type = len(supernet.space.edges)
             for key, values in (("gates", table.gates), ("normalised_gates", table.scores)):
                 shown = [value if live else None for value, live in zip(values, table.live, strict=True)]
-                row[key] = {type: shown[i * per_type : (i + 1) * per_type] for i, type in enumerate(CELL_TYPES)}
+                row[key] = {
+                    type: shown[i * per_type : (i + 1) * per_type] for i, type in enumerate(supernet.cell_types)
+                }
         return row

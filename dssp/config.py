@@ -38,6 +38,22 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
     },
 }
 
+# The same by search space, where that differs from the data set's: space -> field -> (digits, all others).
+SPACE_PRESETS: dict[str, dict[str, dict[str, tuple[Any, Any]]]] = {
+    "SearchConfig": {
+        "darts": {"nodes": (4, 4), "max_edges_per_node": (2, 2)},
+        "nasbench201": {
+            "nodes": (3, 3),
+            "max_edges_per_node": (3, 3),
+            "channels": (8, 16),
+            "cells": (2, 5),
+            "retrain_channels": (16, 16),
+            "retrain_cells": (2, 5),
+        },
+    },
+    "RetrainConfig": {"darts": {}, "nasbench201": {"channels": (16, 16), "cells": (2, 5)}},
+}
+
 GROUPS = {
     "data": "what to learn from",
     "model": "the network",
@@ -82,14 +98,20 @@ class _Config:
         None, "side in pixels of the square that images become (imagefolder, fake; default 32)", "data", low=1
     )
     batch_size: int = option(None, "images per step", "data", low=1)
+    space: Literal["darts", "nasbench201"] | None = option(None, "search space; default: that of the genotype", "model")
     channels: int = option(None, "channels of the first cells", "model", low=1)
-    cells: int = option(None, "cells in the network", "model", low=1)
+    cells: int = option(None, "cells in the network; nasbench201: in each of its three stages", "model", low=1)
     seed: int = option(0, "fixes split, initial weights, order and augmentation", "run", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", "run")
     precision: Literal["float32", "bfloat16"] = option(
         "float32", "bfloat16 runs the networks under autocast; weights and sums stay float32", "run"
     )
     run_dir: str | None = option(None, "run folder; default runs/<time>-<method>", "run")
+    benchmark: str | None = option(
+        None,
+        "table of accuracies by arch string (csv or csv.gz): shows how good the derived cell is, chooses nothing",
+        "run",
+    )
     resume: bool = option(False, "continue the run in --run-dir where it stopped", "run")
     threads: int | None = option(
         None, "CPU threads; default: torch's choice, for the tiny maps of digits 1", "run", low=1
@@ -98,7 +120,7 @@ class _Config:
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
-        presets = PRESETS[type(self).__name__]
+        presets = _preset_names(type(self))
         for field in dataclasses.fields(self):
             value = _checked(field, types[field.name], getattr(self, field.name), field.name in presets)
             object.__setattr__(self, field.name, value)
@@ -126,20 +148,21 @@ class _Config:
         return cls(**fields)
 
     def resolve(self: C) -> C:
-        """A copy in which every None that has a preset for the data set is filled."""
+        """A copy in which every None that has a preset for the space or the data set is filled."""
         return dataclasses.replace(self, **{k: v for k, v in self._presets().items() if getattr(self, k) is None})
 
     def _presets(self) -> dict[str, Any]:
-        column = 0 if self.dataset == "digits" else 1
-        return {field: values[column] for field, values in PRESETS[type(self).__name__].items()}
+        column, kind = 0 if self.dataset == "digits" else 1, type(self).__name__
+        presets = {**PRESETS[kind], **SPACE_PRESETS[kind].get(self.space or "", {})}
+        return {field: values[column] for field, values in presets.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(_Config):
     """Everything that decides a search."""
 
-    space: Literal["darts"] = option("darts", "search space", "model")
-    nodes: int = option(4, "nodes per cell", "model", low=1)
+    space: Literal["darts", "nasbench201"] = option("darts", "search space", "model")
+    nodes: int = option(None, "nodes per cell beside its inputs", "model", low=1)
     method: Literal["dssp", "darts"] = option(
         "dssp",
         "dssp learns a mask per edge and prunes; darts keeps every edge, with 'none' among the candidates",
@@ -172,7 +195,7 @@ class SearchConfig(_Config):
         None, "share of the edges still active at the end (strategies measured and budget)", "pruning", low=0, high=1
     )
     min_edges: int = option(1, "incoming edges that every node keeps", "pruning", low=1)
-    max_edges_per_node: int = option(2, "incoming edges per node of the derived cell", "pruning", low=1)
+    max_edges_per_node: int = option(None, "incoming edges per node of the derived cell", "pruning", low=1)
     retrain_epochs: int = option(None, "passes over all training images; 0 = no retraining", "retraining", low=0)
     retrain_batch_size: int = option(None, "images per step", "retraining", low=1)
     retrain_channels: int = option(None, "channels of the first cells", "retraining", low=1)
@@ -182,10 +205,12 @@ class SearchConfig(_Config):
         super().__post_init__()
         if self.epochs is not None and self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise ConfigError("warmup_epochs", f"expected at most the {self.epochs} epochs, got {self.warmup_epochs}")
-        if self.cells is not None and self.cells < 3:
+        if self.space == "darts" and self.cells is not None and self.cells < 3:
             raise ConfigError(
                 "cells", f"expected at least 3, or there is no normal cell beside the two reductions, got {self.cells}"
             )
+        if self.space == "nasbench201" and self.nodes not in (None, 3):
+            raise ConfigError("nodes", f"space nasbench201 has 3 beside its input, got {self.nodes}")
         if self.method == "darts" and self.prune_strategy not in (None, "none"):
             raise ConfigError("prune_strategy", f"method darts prunes nothing, got {self.prune_strategy}")
 
@@ -203,7 +228,9 @@ class SearchConfig(_Config):
 class RetrainConfig(_Config):
     """Everything that decides a retraining."""
 
-    genotype: str = option(dataclasses.MISSING, "genotype.json of a search, or a file with DARTS' text", "model")
+    genotype: str = option(
+        dataclasses.MISSING, "genotype.json of a search, or a file with DARTS' text or an arch string", "model"
+    )
     epochs: int = option(
         None, "passes over all training images; 0 = count parameters and FLOPs only", "training", low=0
     )
@@ -223,6 +250,25 @@ def parse_search(argv: Sequence[str] | None = None) -> SearchConfig:
 def parse_retrain(argv: Sequence[str] | None = None) -> RetrainConfig:
     """The configuration on the command line of `python -m dssp.retrain`; a bad one ends the process with one line."""
     return _parse(RetrainConfig, "dssp.retrain", "Train the network of a genotype from scratch and test it.", argv)
+
+
+def _preset_names(config: type[_Config]) -> set[str]:
+    """The fields that may be left to resolve()."""
+    name = config.__name__
+    return {field for presets in (PRESETS[name], *SPACE_PRESETS[name].values()) for field in presets}
+
+
+def _preset_help(config: type[_Config], field: str) -> str:
+    """The presets of a field, where there are any: by data set, then those that a space has of its own."""
+    name = config.__name__
+    parts = []
+    rows = {"": PRESETS[name].get(field), **{space: own.get(field) for space, own in SPACE_PRESETS[name].items()}}
+    for space, values in rows.items():
+        if values is not None and None not in values:  # where one is None, the help says it
+            digits, others = values
+            shown = f"digits {digits}, others {others}" if digits != others else f"default {digits}"
+            parts.append(f" ({space}: {shown})" if space else f" ({shown})")
+    return "".join(parts)
 
 
 def _kind(hint: Any) -> tuple[type, tuple[str, ...] | None, bool]:
@@ -267,7 +313,9 @@ def _parse(config: type[C], prog: str, description: str, argv: Sequence[str] | N
         members = [field for field in fields if field.metadata["group"] == group]
         section = parser.add_argument_group(group, subject) if members else None
         for field in members:
-            _add_flag(section or parser, field, types[field.name], PRESETS[config.__name__].get(field.name))
+            has_preset = field.name in _preset_names(config)
+            explanation = field.metadata["help"] + _preset_help(config, field.name)
+            _add_flag(section or parser, field, types[field.name], explanation, has_preset)
     try:
         parsed = config(**vars(parser.parse_args(argv)))
         parsed.resolve()  # a flag may contradict a preset
@@ -277,20 +325,16 @@ def _parse(config: type[C], prog: str, description: str, argv: Sequence[str] | N
 
 
 def _add_flag(
-    section: argparse._ActionsContainer, field: dataclasses.Field[Any], hint: Any, preset: tuple[Any, Any] | None
+    section: argparse._ActionsContainer, field: dataclasses.Field[Any], hint: Any, explanation: str, has_preset: bool
 ) -> None:
-    flag, explanation = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%", "%%")
-    kind, choices, _ = _kind(hint)
+    flag, (kind, choices, _) = f"--{field.name.replace('_', '-')}", _kind(hint)
+    required = field.default is dataclasses.MISSING
+    if kind is not bool and field.default is not None and not required and not has_preset:
+        explanation += f" (default {field.default})"
+    explanation = explanation.replace("%", "%%")
     if kind is bool:
         section.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=explanation)
         return
-    required = field.default is dataclasses.MISSING
-    if preset is not None and None in preset:
-        pass  # the help says it
-    elif preset is not None and preset[0] != preset[1]:
-        explanation += f" (digits {preset[0]}, others {preset[1]})"
-    elif preset is not None or (field.default is not None and not required):
-        explanation += f" (default {preset[0] if preset else field.default})"
     metavar = {int: "N", float: "X", str: field.name.split("_")[-1].upper()}[kind]
     section.add_argument(
         flag,

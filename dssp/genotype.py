@@ -1,15 +1,16 @@
-"""The genotype: which operations a derived cell keeps; JSON and DARTS' own text, in and out."""
+"""The genotype: which operations a derived cell keeps; JSON and the text of the field, in and out, and its file."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from dssp.arch_genotype import ArchGenotype
 from dssp.files import write_json
 
 Edge = tuple[str, int]
@@ -37,11 +38,25 @@ class Genotype:
     reduce: Cell
     reduce_concat: tuple[int, ...]
 
+    space: ClassVar[str] = "darts"
+    inputs: ClassVar[int] = INPUTS
+
     def __post_init__(self) -> None:
         for field in CELL_FIELDS:
             cell, concat = getattr(self, field), getattr(self, f"{field}_concat")
             _check_cell(field, cell)
             _check_concat(f"{field}_concat", concat, nodes=len(cell))
+
+    @property
+    def cells(self) -> dict[str, tuple[Cell, tuple[int, ...]]]:
+        """Per cell type the edges, node by node, and the states that are concatenated to the cell's output."""
+        return {field: (getattr(self, field), getattr(self, f"{field}_concat")) for field in CELL_FIELDS}
+
+    @classmethod
+    def from_cells(cls, cells: Mapping[str, Sequence[Sequence[Edge]]], concat: Sequence[int]) -> Genotype:
+        """The genotype of a normal and a reduction cell with these edges, both with this output."""
+        normal, reduce = (tuple(tuple(node) for node in cells[field]) for field in CELL_FIELDS)
+        return cls(normal, tuple(concat), reduce, tuple(concat))
 
     def to_dict(self) -> dict[str, Any]:
         """The genotype as JSON types; `from_dict` reads it back."""
@@ -119,37 +134,53 @@ class Genotype:
         return cls(**fields)
 
 
-def save_genotype(path: str | Path, genotype: Genotype, *, space: str, method: str, seed: int) -> None:
+AnyGenotype = Genotype | ArchGenotype
+
+
+def save_genotype(path: str | Path, genotype: AnyGenotype, *, space: str, method: str, seed: int) -> None:
     """Write genotype.json: {"space", "genotype", "method", "seed", "text"}.
 
-    `text` is DARTS' text, or null where that cannot say it.
+    `text` is DARTS' text or NAS-Bench-201's arch string, or null where that cannot say it.
     """
-    fits_text = all(len(node) <= DARTS_EDGES for node in genotype.normal + genotype.reduce)
-    content = {
-        "space": space,
-        "genotype": genotype.to_dict(),
-        "method": method,
-        "seed": seed,
-        "text": genotype.to_text() if fits_text else None,
-    }
+    try:
+        text = genotype.to_text()
+    except ValueError:
+        text = None
+    content = {"space": space, "genotype": genotype.to_dict(), "method": method, "seed": seed, "text": text}
     write_json(Path(path), content)
 
 
-def load_genotype(path: str | Path) -> Genotype:
-    """Read a genotype.json, or any file with DARTS' text in it.
+def load_genotype(path: str | Path) -> AnyGenotype:
+    """Read a genotype.json, or any file with DARTS' text in it, or one that holds an arch string.
 
     Raises ValueError naming the file if it holds no valid genotype, OSError if it cannot be read.
     """
+    return load_with_space(path)[1]
+
+
+def load_with_space(path: str | Path) -> tuple[str, AnyGenotype]:
+    """load_genotype(), after the name of its search space: as the file says, else the one such genotypes come from."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         if not text.lstrip().startswith("{"):
-            return Genotype.from_text(text)
+            genotype = ArchGenotype.from_text(text) if text.lstrip().startswith("|") else Genotype.from_text(text)
+            return genotype.space, genotype
         content = json.loads(text)
         if "genotype" not in content:
             raise ValueError(f"expected the field genotype, got {sorted(content)}")
-        return Genotype.from_dict(content["genotype"])
+        genotype = genotype_from_dict(content["genotype"])
+        space = content.get("space", genotype.space)
+        if not isinstance(space, str):
+            raise ValueError(f"space: expected a name, got {space!r}")
+        return space, genotype
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def genotype_from_dict(fields: object) -> AnyGenotype:
+    """The genotype that its to_dict() wrote, of the kind that has these fields. Raises ValueError if it is none."""
+    is_arch = isinstance(fields, dict) and set(fields) == {"normal"}
+    return ArchGenotype.from_dict(fields) if is_arch else Genotype.from_dict(fields)
 
 
 _CALL = re.compile(r"\bGenotype\(")

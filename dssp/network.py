@@ -1,103 +1,122 @@
-"""The derived network: what a genotype stands for, built from discrete operations only."""
+"""The networks of a search space: what all of them share, and the derived one, built from discrete operations only."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dssp.genotype import Genotype
-from dssp.spaces.darts import CellSpace
-from dssp.spaces.operations import FactorizedReduce, ReLUConvBN, build_operation
+from dssp.genotype import AnyGenotype, Cell
+from dssp.spaces import CellSpace
+from dssp.spaces import skeleton as skeletons
+from dssp.spaces.operations import build_operation
+from dssp.spaces.skeleton import BuildEdges, Edges
 
-STEM_MULTIPLIER = 3
 
+class CellNetwork(nn.Module):
+    """The macro skeleton of a space around edges of any kind: stem, cells, global average pooling, a linear layer.
 
-class DerivedCell(nn.Module):
-    """One cell of a derived network: each node sums its edges, the output concatenates the nodes.
-
-    forward(s0, s1): the outputs of the two cells before -> [B, len(concat) * channels, H', W'], where H' and W' are
-    halved in a reduction cell.
+    Raises ValueError if a size is below 1.
     """
 
     def __init__(
         self,
-        nodes: tuple[tuple[tuple[str, int], ...], ...],
-        concat: tuple[int, ...],
+        space: CellSpace,
+        edges: BuildEdges,
         *,
-        c_before_previous: int,
-        c_previous: int,
         channels: int,
-        reduction: bool,
-        previous_reduction: bool,
+        cells: int,
+        classes: int,
+        image_channels: int,
+        affine: bool,
     ) -> None:
-        super().__init__()
-        self.preprocess0 = (
-            FactorizedReduce(c_before_previous, channels)
-            if previous_reduction
-            else ReLUConvBN(c_before_previous, channels, 1, 1, 0)
-        )
-        self.preprocess1 = ReLUConvBN(c_previous, channels, 1, 1, 0)
-        self.sources = [[source for _, source in node] for node in nodes]
-        self.concat = concat
-        self._ops = nn.ModuleList(
-            build_operation(name, channels, stride=2 if reduction and source < 2 else 1)
-            for node in nodes
-            for name, source in node
-        )
-
-    def forward(self, s0: Tensor, s1: Tensor) -> Tensor:
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
-        operations = iter(self._ops)
-        for sources in self.sources:
-            first, *others = [next(operations)(states[source]) for source in sources]
-            states.append(sum(others, start=first))
-        return torch.cat([states[state] for state in self.concat], dim=1)
-
-
-class DerivedNetwork(nn.Module):
-    """DARTS' evaluation network (NetworkCIFAR) for a genotype; module names and state_dict keys are theirs.
-
-    A 3x3 stem, `cells` cells with reduction cells at 1/3 and 2/3 of the depth, global average pooling, one linear
-    layer. `channels` is the width of the first cells; each reduction doubles it.
-
-    forward(images [B, image_channels, H, W]) -> logits [B, classes].
-    Raises ValueError if the genotype names an operation that does not exist, or a size is below 1.
-    """
-
-    def __init__(self, genotype: Genotype, *, channels: int, cells: int, classes: int, image_channels: int = 3) -> None:
         super().__init__()
         sizes = {"channels": channels, "cells": cells, "classes": classes, "image_channels": image_channels}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: got {size}, expected at least 1")
-        c_previous = STEM_MULTIPLIER * channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(image_channels, c_previous, 3, padding=1, bias=False), nn.BatchNorm2d(c_previous)
+        skeleton = space.skeleton(edges, channels=channels, cells=cells, image_channels=image_channels, affine=affine)
+        self._inputs = skeleton.inputs
+        self.stem = skeleton.stem
+        self.cells = nn.ModuleList(skeleton.cells)
+        self.lastact = skeleton.last
+        self.classifier = nn.Linear(skeleton.channels, classes)
+
+    def logits(self, images: Tensor, architecture: Mapping[str, tuple[Any, ...]]) -> Tensor:
+        """[B, image_channels, H, W] -> [B, classes]; `architecture` holds per cell type what its edges are given."""
+        states = [self.stem(images)] * self._inputs
+        for cell in self.cells:
+            if isinstance(cell, skeletons.Cell):
+                state = cell(*states, architecture=architecture.get(cell.cell_type, ()))
+            else:
+                state = cell(*states)
+            states = [*states[1:], state]
+        return self.classifier(self.lastact(states[-1]).mean((2, 3)))
+
+
+class DerivedEdges(Edges):
+    """One operation per edge; a node sums its edges.
+
+    nodes: per node its edges (operation, source state); concat: the states that are the cell's output. A node without
+    edges is zero, and has the size of the cell's inputs.
+    """
+
+    def __init__(self, nodes: Cell, concat: tuple[int, ...], *, inputs: int, channels: int, stride: int) -> None:
+        super().__init__(
+            build_operation(name, channels, stride if source < inputs else 1) for node in nodes for name, source in node
         )
-        self.cells = nn.ModuleList()
-        c_before_previous, previous_reduction = c_previous, False
-        for position in range(cells):
-            reduction = position in CellSpace.reduction_cells(cells)
-            channels *= 2 if reduction else 1
-            concat = genotype.reduce_concat if reduction else genotype.normal_concat
-            self.cells.append(
-                DerivedCell(
-                    genotype.reduce if reduction else genotype.normal,
-                    concat,
-                    c_before_previous=c_before_previous,
-                    c_previous=c_previous,
-                    channels=channels,
-                    reduction=reduction,
-                    previous_reduction=previous_reduction,
-                )
-            )
-            c_before_previous, c_previous = c_previous, len(concat) * channels
-            previous_reduction = reduction
-        self.global_pooling = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(c_previous, classes)
+        self.sources = [[source for _, source in node] for node in nodes]
+        self.concat = concat
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        states, operations = list(inputs), iter(self)
+        for sources in self.sources:
+            terms = [next(operations)(states[source]) for source in sources]
+            states.append(sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(inputs[0]))
+        return states
+
+
+class DerivedNetwork(CellNetwork):
+    """The network of a genotype, in the macro skeleton of its space; all norms affine.
+
+    In the DARTS space this is its NetworkCIFAR, module names and state_dict keys included; in NAS-Bench-201, with 16
+    channels and 5 cells, the network that was trained for the benchmark. `channels` is the width of the first cells,
+    `cells` counts what the space counts (DARTS: all cells, NAS-Bench-201: those of one stage).
+
+    forward(images [B, image_channels, H, W]) -> logits [B, classes].
+    Raises ValueError if the genotype has other cells than the space, names an operation that does not exist, or a size
+    is below 1.
+    """
+
+    def __init__(
+        self,
+        space: CellSpace,
+        genotype: AnyGenotype,
+        *,
+        channels: int,
+        cells: int,
+        classes: int,
+        image_channels: int = 3,
+    ) -> None:
+        if genotype.cells.keys() != set(space.cell_types):
+            expected, got = " and ".join(space.cell_types), " and ".join(genotype.cells)
+            raise ValueError(f"genotype: space {space.name} has cells {expected}, got {got}")
+
+        def edges(cell_type: str, channels: int, stride: int = 1) -> DerivedEdges:
+            nodes, concat = genotype.cells[cell_type]
+            return DerivedEdges(nodes, concat, inputs=space.inputs, channels=channels, stride=stride)
+
+        super().__init__(
+            space,
+            edges,
+            channels=channels,
+            cells=cells,
+            classes=classes,
+            image_channels=image_channels,
+            affine=True,
+        )
 
     def forward(self, images: Tensor) -> Tensor:
-        s0 = s1 = self.stem(images)
-        for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1)
-        return self.classifier(self.global_pooling(s1).flatten(1))
+        return self.logits(images, {})

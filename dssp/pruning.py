@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dssp.supernet import CELL_TYPES, Supernet
+from dssp.supernet import Supernet
 
 STRATEGIES = ("measured", "budget", "relative", "absolute", "none")
 SCHEDULED_SHARE = 0.75  # of the epochs after warm-up: the rest trains what is left
@@ -88,9 +88,10 @@ class GateTable:
 
     @classmethod
     def of(cls, supernet: Supernet) -> GateTable:
-        gates = torch.cat([supernet.gates(type).cpu() for type in CELL_TYPES]).tolist()
-        live = torch.cat([supernet.active(type) for type in CELL_TYPES]).tolist()
-        nodes = [(type, node) for type in CELL_TYPES for _, node in supernet.space.edges]
+        types = supernet.cell_types
+        gates = torch.cat([supernet.gates(type).cpu() for type in types]).tolist()
+        live = torch.cat([supernet.active(type) for type in types]).tolist()
+        nodes = [(type, node) for type in types for _, node in supernet.space.edges]
         return cls(list(supernet.edges()), nodes, gates, live)
 
     def removable(self, min_edges: int) -> list[int]:

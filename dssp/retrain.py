@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dssp.benchmark import open_benchmark
 from dssp.callbacks import Checkpointing, MetricsLog, ProgressBar, TensorBoard
 from dssp.command import GenotypeUnavailable, choose_device, run_command
-from dssp.config import RetrainConfig, parse_retrain
+from dssp.config import ConfigError, RetrainConfig, parse_retrain
 from dssp.cost import count_flops, count_parameters
 from dssp.data import DataSet, load_data
 from dssp.engine import Callback, Engine
 from dssp.files import write_json
-from dssp.genotype import Genotype, load_genotype
+from dssp.genotype import AnyGenotype, load_with_space
 from dssp.network import DerivedNetwork
 from dssp.optimization import evaluate
 from dssp.retraining import Retraining
 from dssp.run_folder import open_run_folder
-from dssp.spaces.operations import OPERATIONS
+from dssp.spaces import CellSpace, get_space
+from dssp.summary import tabulated_line
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,19 @@ class Retrained:
 
 
 def retrain(
-    genotype: Genotype, data: DataSet, config: RetrainConfig, *, folder: Path, device: torch.device, console: Console
+    space: CellSpace,
+    genotype: AnyGenotype,
+    data: DataSet,
+    config: RetrainConfig,
+    *,
+    folder: Path,
+    device: torch.device,
+    console: Console,
 ) -> Retrained:
     """Train the derived network on all training images and test it once. epochs=0: only its size and cost."""
     torch.manual_seed(config.seed)
     network = DerivedNetwork(
+        space,
         genotype,
         channels=config.channels,
         cells=config.cells,
@@ -76,25 +86,37 @@ def retrain(
     return Retrained(test_accuracy=accuracy, seconds=engine.seconds, **cost)
 
 
-def read_genotype(path: str) -> Genotype:
-    """The genotype in a file, of operations that we know. Raises GenotypeUnavailable."""
+def read_genotype(path: str) -> tuple[CellSpace, AnyGenotype]:
+    """The genotype in a file, of operations of its space, after that. Raises GenotypeUnavailable."""
     try:
-        genotype = load_genotype(path)
+        name, genotype = load_with_space(path)
     except OSError as error:
         raise GenotypeUnavailable(f"--genotype: {path}: {error.strerror}") from None
     except ValueError as error:
         raise GenotypeUnavailable(f"--genotype: {error}") from None
-    names = {operation for node in genotype.normal + genotype.reduce for operation, _ in node}
-    if unknown := names - set(OPERATIONS):
+    try:
+        space = get_space(name)
+    except ValueError as error:
+        raise GenotypeUnavailable(f"--genotype: {path}: {error}") from None
+    if not isinstance(genotype, space.genotype):
+        raise GenotypeUnavailable(f"--genotype: {path} names space {name}, its genotype is one of {genotype.space}")
+    names = {operation for nodes, _ in genotype.cells.values() for node in nodes for operation, _ in node}
+    if unknown := names - set(space.operations):
+        expected = ", ".join(space.operations)
         raise GenotypeUnavailable(
-            f"--genotype: {path} names {', '.join(sorted(unknown))}, expected operations among {', '.join(OPERATIONS)}"
+            f"--genotype: {path} names {', '.join(sorted(unknown))}, expected operations among {expected}"
         )
-    return genotype
+    return space, genotype
 
 
 def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
     """The whole command: a run folder with retrain.jsonl, checkpoints and summary.json; returns the summary."""
-    genotype = read_genotype(config.genotype)
+    space, genotype = read_genotype(config.genotype)
+    if config.space not in (None, space.name):
+        raise ConfigError("space", f"the genotype is of space {space.name}, got {config.space}")
+    config = RetrainConfig.from_dict({**config.to_dict(), "space": space.name}).resolve()
+    benchmark = open_benchmark(config.benchmark, space)
+    tabulated = None if benchmark is None else benchmark.tabulated(genotype)
     device = choose_device(config.device, config.threads)
     data = load_data(
         config.dataset,
@@ -105,24 +127,27 @@ def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
         workers=config.workers,
     )
     folder = open_run_folder(config, "retrain", {})
-    result = retrain(genotype, data, config, folder=folder, device=device, console=console)
+    result = retrain(space, genotype, data, config, folder=folder, device=device, console=console)
     summary = {
         "genotype": genotype.to_dict(),
         "test_accuracy": result.test_accuracy,
         "retrain_seconds": result.seconds,
         "parameters": result.parameters,
         "flops": result.flops,
+        "tabulated": tabulated,
     }
     write_json(folder / "summary.json", summary)
     accuracy = "Not trained" if result.test_accuracy is None else f"Test accuracy {result.test_accuracy:.2%}"
     cost = f"{result.parameters:,} parameters, {result.flops / 1e6:.1f} MFLOPs per image"
+    if tabulated is not None:
+        cost += f"\n{tabulated_line(tabulated)}"
     console.print(f"{accuracy}, {cost}\nRun folder {folder}", highlight=False, soft_wrap=True)
     return summary
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    run_command(run, parse_retrain(argv).resolve())
+    run_command(run, parse_retrain(argv))
 
 
 if __name__ == "__main__":

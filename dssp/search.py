@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dssp.benchmark import open_benchmark
 from dssp.bilevel import BilevelSearch
 from dssp.callbacks import Checkpointing, MetricsLog, ProgressBar, TensorBoard
 from dssp.command import choose_device, run_command
 from dssp.config import RetrainConfig, SearchConfig, parse_search
 from dssp.data import DataSet, load_data
-from dssp.derivation import derive
 from dssp.engine import Callback, Engine
 from dssp.files import write_json
 from dssp.genotype import save_genotype
@@ -23,7 +23,7 @@ from dssp.retrain import retrain
 from dssp.run_folder import open_run_folder
 from dssp.spaces import CellSpace, get_space
 from dssp.summary import print_summary, step_seconds
-from dssp.supernet import CELL_TYPES, Supernet
+from dssp.supernet import Supernet
 
 
 def search_space(config: SearchConfig) -> CellSpace:
@@ -51,7 +51,7 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
 def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
     """The retraining that a search ends with."""
     shared = (
-        *("dataset", "data_path", "image_size", "seed", "device", "precision"),
+        *("dataset", "data_path", "image_size", "space", "seed", "device", "precision"),
         *("run_dir", "resume", "threads", "workers"),
     )
     sizes = ("epochs", "batch_size", "channels", "cells")
@@ -65,6 +65,7 @@ def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
 def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     """The whole command: fills a run folder and returns the summary that ends up in it."""
     device = choose_device(config.device, config.threads)
+    benchmark = open_benchmark(config.benchmark, get_space(config.space))
     data = load_data(
         config.dataset,
         data_path=config.data_path,
@@ -74,10 +75,10 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
         workers=config.workers,
     )
     supernet = build_supernet(config, data, device)
-    edges = {type: [f"{source}->{node}" for source, node in supernet.space.edges] for type in CELL_TYPES}
+    edges = {type: [f"{source}->{node}" for source, node in supernet.space.edges] for type in supernet.cell_types}
     details = {"edges": edges, "operations": list(supernet.space.operations)}
     folder = open_run_folder(config, config.method, details)
-    search = BilevelSearch(config, supernet, data)
+    search = BilevelSearch(config, supernet, data, benchmark)
     metrics = MetricsLog(folder / "metrics.jsonl")
     callbacks: list[Callback] = [
         Checkpointing(folder / "checkpoints", resume=config.resume),
@@ -88,9 +89,10 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     engine = Engine(search, callbacks)
     engine.fit()
 
-    genotype = derive(supernet, max_edges_per_node=config.max_edges_per_node)
+    genotype = search.derived()
     save_genotype(folder / "genotype.json", genotype, space=config.space, method=config.method, seed=config.seed)
     result = retrain(
+        supernet.space,
         genotype,
         data,
         retrain_config(config, str(folder / "genotype.json")),
@@ -107,7 +109,7 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
         "flops": result.flops,
         "pruned": search.pruner.history,
         "step_seconds": step_seconds(metrics.rows),
-        "tabulated": None,
+        "tabulated": search.tabulated(),
     }
     write_json(folder / "summary.json", summary)
     print_summary(console, summary, genotype, folder, write_report(folder))

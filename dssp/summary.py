@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dssp.genotype import Genotype
+from dssp.genotype import AnyGenotype
 
 
 def step_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -17,12 +17,13 @@ def step_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"first": bilevel[0]["step_seconds"], "last": bilevel[-1]["step_seconds"]}
 
 
-def print_summary(console: Console, summary: dict[str, Any], genotype: Genotype, folder: Path, report: Path) -> None:
+def print_summary(console: Console, summary: dict[str, Any], genotype: AnyGenotype, folder: Path, report: Path) -> None:
     """The genotype, what was pruned and when, time per step, the derived network, and where everything is."""
-    for cell_type, cell in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+    for cell_type, (cell, _) in genotype.cells.items():
         table = Table(title=f"{cell_type} cell", title_justify="left", box=None)
-        for node, cell_edges in enumerate(cell, start=2):
-            table.add_row(f"node {node} =", " + ".join(f"{operation}({source})" for operation, source in cell_edges))
+        for node, cell_edges in enumerate(cell, start=genotype.inputs):
+            terms = [f"{operation}({source})" for operation, source in cell_edges]
+            table.add_row(f"node {node} =", " + ".join(terms) or "0")
         console.print(table)
     console.print(_pruning(summary["pruned"]), highlight=False, soft_wrap=True)
     seconds = summary["step_seconds"]
@@ -36,7 +37,14 @@ def print_summary(console: Console, summary: dict[str, Any], genotype: Genotype,
     accuracy = summary["test_accuracy"]
     retrained = "not retrained" if accuracy is None else f"retrained: test accuracy {accuracy:.2%}"
     console.print(f"Derived network, {retrained}, {size}", highlight=False, soft_wrap=True)
+    if summary["tabulated"] is not None:
+        console.print(tabulated_line(summary["tabulated"]), highlight=False, soft_wrap=True)
     console.print(f"Run folder: {folder}\nReport:     {report}", highlight=False, soft_wrap=True)
+
+
+def tabulated_line(accuracies: dict[str, float]) -> str:
+    """What the benchmark says of a cell, in percent."""
+    return "Tabulated accuracy: " + ", ".join(f"{column} {value:.2f} %" for column, value in accuracies.items())
 
 
 def _pruning(events: list[dict[str, Any]]) -> str:

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from dssp.network import STEM_MULTIPLIER
+from dssp.network import CellNetwork
 from dssp.spaces import CellSpace
-from dssp.spaces.operations import FactorizedReduce, ReLUConvBN, build_candidate
+from dssp.spaces.operations import build_candidate
+from dssp.spaces.skeleton import Cell, Edges
 from dssp_kernels import FusedMixedEdge, FusedMixedNode, SharedOutputs
 
-CELL_TYPES = ("normal", "reduce")
 
+class SearchEdges(Edges):
+    """All edges of a cell with all their candidates; one kernel per node mixes them."""
 
-class SearchCell(nn.Module):
-    """A cell with all its edges; module names and state_dict keys are those of DARTS' model_search.Cell."""
-
-    def __init__(
-        self, space: CellSpace, *, c_before: int, c_previous: int, channels: int, reduction: bool, reduced_before: bool
-    ) -> None:
-        super().__init__()
-        self.cell_type = "reduce" if reduction else "normal"
-        self.preprocess0 = (
-            FactorizedReduce(c_before, channels, affine=False)
-            if reduced_before
-            else ReLUConvBN(c_before, channels, 1, 1, 0, affine=False)
-        )
-        self.preprocess1 = ReLUConvBN(c_previous, channels, 1, 1, 0, affine=False)
-        self._ops = nn.ModuleList(
+    def __init__(self, space: CellSpace, channels: int, stride: int) -> None:
+        super().__init__(
             FusedMixedEdge(
                 (
-                    build_candidate(name, channels, stride=2 if reduction and source < space.inputs else 1)
+                    build_candidate(
+                        name,
+                        channels,
+                        stride if source < space.inputs else 1,
+                        norms_after_pools=space.norms_after_pools,
+                    )
                     for name in space.operations
                 ),
                 alpha=False,
@@ -41,31 +35,34 @@ class SearchCell(nn.Module):
             )
             for source, _ in space.edges
         )
+        self.concat = space.concat
         # The edges are registered once, under DARTS' names; the nodes only group them.
-        self._nodes = tuple(FusedMixedNode(self.mixed_edge(i) for i in space.edges_into(node)) for node in space.concat)
+        self._nodes = tuple(
+            FusedMixedNode(self.mixed_edge(i) for i in space.edges_into(node)) for node in space.node_states
+        )
 
     def mixed_edge(self, position: int) -> FusedMixedEdge:
         """The mixed edge at a position in the space's order of edges."""
-        return cast(FusedMixedEdge, self._ops[position])
+        return cast(FusedMixedEdge, self[position])
 
-    def forward(self, s0: Tensor, s1: Tensor, alpha: tuple[Tensor, ...], mask: tuple[Tensor | None, ...]) -> Tensor:
+    def forward(
+        self, inputs: Sequence[Tensor], alpha: tuple[Tensor, ...], mask: tuple[Tensor | None, ...]
+    ) -> list[Tensor]:
         """alpha, mask: per node, [edges, candidates] and [edges]."""
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
-        inputs = len(states)
-        shared = SharedOutputs()
+        states, shared = list(inputs), SharedOutputs()
         for node, node_alpha, node_mask in zip(self._nodes, alpha, mask, strict=True):
             states.append(node(states, node_alpha, node_mask, shared))
-        return torch.cat(states[inputs:], dim=1)
+        return states
 
 
-class Supernet(nn.Module):
-    """The network that is searched: DARTS' macro structure over a cell space.
+class Supernet(CellNetwork):
+    """The network that is searched: a space's macro skeleton, every edge with all its candidates.
 
     Architecture parameters are shared by all cells of a type: ``alpha[type]`` [edges, candidates] and, unless
     ``gated=False``, ``mask[type]`` [edges] (gate = sigmoid(mask), initialised to 1). Edges are named as
-    ``normal:0->2``: cell type, source state, node.
+    ``normal:0->2``: cell type, source state, node. In the DARTS space the weights' names are those of model_search.py.
 
-    forward(images [B, image_channels, H, W]) -> logits [B, classes].
+    forward(images [B, image_channels, H, W]) -> logits [B, classes]. Raises ValueError if a size is below 1.
     """
 
     def __init__(
@@ -78,48 +75,39 @@ class Supernet(nn.Module):
         image_channels: int = 3,
         gated: bool = True,
     ) -> None:
-        super().__init__()
-        self.space = space
-        c_previous = STEM_MULTIPLIER * channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(image_channels, c_previous, 3, padding=1, bias=False), nn.BatchNorm2d(c_previous)
+        super().__init__(
+            space,
+            lambda cell_type, channels, stride=1: SearchEdges(space, channels, stride),
+            channels=channels,
+            cells=cells,
+            classes=classes,
+            image_channels=image_channels,
+            affine=False,
         )
-        self.cells = nn.ModuleList()
-        c_before, reduced_before = c_previous, False
-        for position in range(cells):
-            reduction = position in space.reduction_cells(cells)
-            channels *= 2 if reduction else 1
-            self.cells.append(
-                SearchCell(
-                    space,
-                    c_before=c_before,
-                    c_previous=c_previous,
-                    channels=channels,
-                    reduction=reduction,
-                    reduced_before=reduced_before,
-                )
-            )
-            c_before, c_previous, reduced_before = c_previous, space.nodes * channels, reduction
-        self.classifier = nn.Linear(c_previous, classes)
+        self.space = space
         edges, candidates = len(space.edges), len(space.operations)
         self.alpha = nn.ParameterDict(
-            {type: nn.Parameter(1e-3 * torch.randn(edges, candidates)) for type in CELL_TYPES}
+            {type: nn.Parameter(1e-3 * torch.randn(edges, candidates)) for type in self.cell_types}
         )
-        self.mask = nn.ParameterDict({type: nn.Parameter(torch.ones(edges)) for type in CELL_TYPES if gated})
-        for type in CELL_TYPES:  # on the device, so that the penalty needs no synchronisation
+        self.mask = nn.ParameterDict({type: nn.Parameter(torch.ones(edges)) for type in self.cell_types if gated})
+        for type in self.cell_types:  # on the device, so that the penalty needs no synchronisation
             self.register_buffer(f"active_{type}", torch.ones(edges, dtype=torch.bool), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        sizes = list(self.space.concat)  # node n has n incoming edges
-        alpha = {type: self.alpha[type].split(sizes) for type in CELL_TYPES}
-        mask = {type: self.mask[type].split(sizes) if self.mask else (None,) * len(sizes) for type in CELL_TYPES}
-        s0 = s1 = self.stem(images)
-        for cell in self._cells():
-            s0, s1 = s1, cell(s0, s1, alpha[cell.cell_type], mask[cell.cell_type])
-        return self.classifier(s1.mean((2, 3)))
+        sizes = list(self.space.node_states)  # node n has n incoming edges
+        architecture = {
+            type: (
+                self.alpha[type].split(sizes),
+                self.mask[type].split(sizes) if self.mask else (None,) * len(sizes),
+            )
+            for type in self.cell_types
+        }
+        return self.logits(images, architecture)
 
-    def _cells(self) -> Iterator[SearchCell]:
-        return (cast(SearchCell, cell) for cell in self.cells)
+    @property
+    def cell_types(self) -> tuple[str, ...]:
+        """The kinds of cells, each with an architecture of its own."""
+        return self.space.cell_types
 
     # ---- parameters ------------------------------------------------------------------------------------------
 
@@ -135,8 +123,8 @@ class Supernet(nn.Module):
     # ---- edges -----------------------------------------------------------------------------------------------
 
     def edges(self) -> Iterator[str]:
-        """The names of all edges, normal cells first, in DARTS' order."""
-        return (f"{type}:{source}->{node}" for type in CELL_TYPES for source, node in self.space.edges)
+        """The names of all edges, one cell type after the other (normal first), in DARTS' order."""
+        return (f"{type}:{source}->{node}" for type in self.cell_types for source, node in self.space.edges)
 
     def locate(self, edge: str) -> tuple[str, int]:
         """Cell type and position of a named edge. Raises ValueError if there is none of that name."""
@@ -144,7 +132,7 @@ class Supernet(nn.Module):
         if edge not in names:
             raise ValueError(f"edge: expected one of {names[0]} ... {names[-1]}, got {edge!r}")
         cell_type, position = divmod(names.index(edge), len(self.space.edges))
-        return CELL_TYPES[cell_type], position
+        return self.cell_types[cell_type], position
 
     def active(self, cell_type: str) -> Tensor:
         """Which edges of a cell type are left: bool [edges]."""
@@ -152,13 +140,14 @@ class Supernet(nn.Module):
 
     def live_edges(self) -> list[str]:
         """The names of the edges that are left."""
-        flags = torch.cat([self.active(type) for type in CELL_TYPES]).tolist()
+        flags = torch.cat([self.active(type) for type in self.cell_types]).tolist()
         return [edge for edge, live in zip(self.edges(), flags, strict=True) if live]
 
     def mixed_edges(self, edge: str) -> list[FusedMixedEdge]:
         """The modules of a named edge, one per cell of its type."""
         cell_type, position = self.locate(edge)
-        return [cell.mixed_edge(position) for cell in self._cells() if cell.cell_type == cell_type]
+        cells = [cell for cell in self.cells if isinstance(cell, Cell) and cell.cell_type == cell_type]
+        return [cast(SearchEdges, cell._ops).mixed_edge(position) for cell in cells]
 
     def remove_edge(self, edge: str) -> None:
         """Remove an edge for good from all cells of its type: its candidates are gone and take no memory or time."""

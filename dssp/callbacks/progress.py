@@ -1,4 +1,4 @@
-"""The progress bar: epoch, losses, accuracy, active edges, time per step, time left."""
+"""The progress bar: epoch, losses, accuracy, active edges, tabulated accuracies, time per step, time left."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class ProgressBar(Callback):
 
     def __init__(self, console: Console, active_edges: int | None = None) -> None:
         self.console, self.active_edges = console, active_edges
+        self.tabulated: dict[str, float] = {}  # as of the last epoch, like the edges
 
     def fit_start(self, engine: Engine) -> None:
         task = engine.task
@@ -53,6 +54,7 @@ class ProgressBar(Callback):
     def epoch_end(self, engine: Engine, row: dict[str, Any]) -> None:
         if "active_edges" in row:
             self.active_edges = row["active_edges"] - len(row["pruned"])
+        self.tabulated = row.get("tabulated", {})
         if self.progress.disable:
             head = f"{engine.task.name} epoch {engine.epoch}/{engine.task.epochs}"
             self.console.print(f"{head}  {self._status(row)}", highlight=False, soft_wrap=True)
@@ -68,4 +70,5 @@ class ProgressBar(Callback):
             parts.append(f"valid loss {values['valid_loss']:.3f} acc {values['valid_accuracy']:.1%}")
         if self.active_edges is not None:
             parts.append(f"edges {self.active_edges}")
+        parts += [f"{column} {accuracy:.2f}" for column, accuracy in self.tabulated.items()]
         return "  ".join([*parts, f"{1e3 * values['step_seconds']:.0f} ms/step"])

@@ -1,4 +1,4 @@
-"""TensorBoard events: every scalar of an epoch's row, and the gate of every edge."""
+"""TensorBoard events: every scalar of an epoch's row, tabulated accuracies, and the gate of every edge."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class TensorBoard(Callback):
         for key, value in row.items():
             if isinstance(value, (int, float)) and key != "epoch":
                 self.writer.add_scalar(key, value, row["epoch"])
+        for column, accuracy in row.get("tabulated", {}).items():
+            self.writer.add_scalar(f"tabulated/{column}", accuracy, row["epoch"])
         for cell_type, gates in (row.get("gates") or {}).items():
             for edge, gate in zip(self.edges[cell_type], gates, strict=True):
                 if gate is not None:

@@ -43,7 +43,7 @@ class Slot:
     column: int
     width: float
     height: float
-    state: int | str = ""  # "" for a passage
+    state: str = ""  # its name; "" for a passage
     text: str = ""
     before: list[Slot] = field(default_factory=list)
     after: list[Slot] = field(default_factory=list)
@@ -71,9 +71,9 @@ class Layout:
     height: float
 
 
-def draw_cell(cell: Cell, concat: Sequence[int], title: str) -> Markup:
-    """One half of a genotype as an SVG picture; `title` names it for screen readers."""
-    layout = lay_out(cell, concat)
+def draw_cell(cell: Cell, concat: Sequence[int], title: str, inputs: int = 2) -> Markup:
+    """One cell of a genotype as an SVG picture; `title` names it for screen readers."""
+    layout = lay_out(cell, concat, inputs)
     svg = drawing(layout.width, layout.height, title)
     svg.set("class", "cell")
     for route in sorted(layout.routes, key=lambda route: route.operation is not None):
@@ -83,14 +83,14 @@ def draw_cell(cell: Cell, concat: Sequence[int], title: str) -> Markup:
     return markup(svg)
 
 
-def lay_out(cell: Cell, concat: Sequence[int]) -> Layout:
-    """Places the states and routes the edges of a cell."""
-    columns, routes = _columns(cell, concat)
+def lay_out(cell: Cell, concat: Sequence[int], inputs: int = 2) -> Layout:
+    """Places the states and routes the edges of a cell with so many inputs."""
+    columns, routes = _columns(cell, concat, inputs)
     _order(columns)
     _place(columns)
     x = _PAD
     for column in columns:
-        width = max(slot.width for slot in column)
+        width = max((slot.width for slot in column), default=0.0)  # nothing passes where no edge is left
         for slot in column:
             slot.x, slot.gap = x + width / 2, width
         x += width + _RAMP
@@ -98,20 +98,20 @@ def lay_out(cell: Cell, concat: Sequence[int]) -> Layout:
     return Layout(columns, routes, x - _RAMP + _PAD, height)
 
 
-def _columns(cell: Cell, concat: Sequence[int]) -> tuple[list[list[Slot]], list[Route]]:
+def _columns(cell: Cell, concat: Sequence[int], inputs: int) -> tuple[list[list[Slot]], list[Route]]:
     """Even columns hold the states of one layer, odd ones the passages between two layers."""
-    layer = {0: 0, 1: 0}
-    for state, incoming in enumerate(cell, 2):
-        layer[state] = 1 + max((layer[source] for _, source in incoming), default=0)
+    layer = dict.fromkeys(range(inputs), 0)
+    for node, incoming in enumerate(cell, inputs):
+        layer[node] = 1 + max((layer[source] for _, source in incoming), default=0)
     last = 1 + max(layer.values())
     columns: list[list[Slot]] = [[] for _ in range(2 * last + 1)]
     slots: dict[int | str, Slot] = {}
     placed: list[tuple[int | str, int]] = [*layer.items(), ("c_{k}", last)]
-    for name, of_state in placed:
-        width = _NODE if isinstance(name, int) and name > 1 else _INPUT
-        slots[name] = Slot(2 * of_state, width, _NODE + 12, state=name)
-        columns[2 * of_state].append(slots[name])
-    edges = [(op, slots[source], slots[state]) for state, node in enumerate(cell, 2) for op, source in node]
+    for state, of_state in placed:
+        is_node = isinstance(state, int) and state >= inputs
+        slots[state] = Slot(2 * of_state, _NODE if is_node else _INPUT, _NODE + 12, state_name(state, inputs))
+        columns[2 * of_state].append(slots[state])
+    edges = [(op, slots[source], slots[node]) for node, incoming in enumerate(cell, inputs) for op, source in incoming]
     routes = [_route(columns, operation, source, target) for operation, source, target in edges]
     return columns, routes + [_route(columns, None, slots[state], slots["c_{k}"]) for state in concat]
 
@@ -181,7 +181,7 @@ def _draw_route(svg: ET.Element, route: Route) -> None:
     kind = "concat" if route.operation is None else f"edge f-{family(route.operation)}"
     group = element(svg, "g", class_=kind)
     what = "concatenated" if route.operation is None else route.operation
-    element(group, "title", f"{state_name(source.state)} \N{RIGHTWARDS ARROW} {state_name(target.state)}: {what}")
+    element(group, "title", f"{source.state} \N{RIGHTWARDS ARROW} {target.state}: {what}")
     tip_x, tip_y = target.x - target.width / 2, target.y + _port(route.slots)
     x, y = source.x + source.width / 2, source.y
     path = [f"M{x:.1f} {y:.1f}"]
@@ -210,7 +210,7 @@ def _port(slots: Sequence[Slot]) -> float:
 
 
 def _draw_state(svg: ET.Element, slot: Slot) -> None:
-    group = element(svg, "g", class_="state" if isinstance(slot.state, int) and slot.state > 1 else "state end")
+    group = element(svg, "g", class_="state end" if slot.state.startswith("c_") else "state")
     left, top = slot.x - slot.width / 2, slot.y - _NODE / 2
     element(group, "rect", x=left, y=top, width=slot.width, height=_NODE, rx=_NODE / 2)
     state_text(group, slot.state, x=slot.x, y=slot.y + 4.5, text_anchor="middle")

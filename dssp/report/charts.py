@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from dssp.report.axis import spread, tick_labels, ticks
-from dssp.report.svg import drawing, element, markup, state_name, state_text
+from dssp.report.svg import drawing, element, markup, state_text
 
 Points = Sequence[tuple[float, float | None]]  # (x, y); None is a gap
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its name (of a state: the state's number), CSS class, points, and, if it ended early, why."""
+    """One line: its name, CSS class, points, and, if it ended early, why."""
 
-    name: str | int
+    name: str
     colour: str
     points: Points
     ended: str | None = None
@@ -94,8 +94,7 @@ def _draw_line(svg: ET.Element, line: Line, frame: Frame) -> None:
     if not line.drawn:
         return
     first, last = line.drawn[0], line.drawn[-1]
-    name = state_name(line.name) if isinstance(line.name, int) else line.name
-    title = f"{name}: {first[1]:.4g} in epoch {first[0]:g}, {last[1]:.4g} in epoch {last[0]:g}"
+    title = f"{line.name}: {first[1]:.4g} in epoch {first[0]:g}, {last[1]:.4g} in epoch {last[0]:g}"
     group = element(svg, "g", class_=f"line {line.colour}")
     element(group, "title", f"{title}; {line.ended}" if line.ended else title)
     places = [(frame.x(x), None if y is None else frame.y(y)) for x, y in line.points]
@@ -136,10 +135,7 @@ def _name_lines(svg: ET.Element, lines: Sequence[Line], frame: Frame) -> None:
 
 
 def _name(svg: ET.Element, line: Line, x: float, y: float) -> None:
-    if isinstance(line.name, int):
-        state_text(svg, line.name, class_=f"name {line.colour}", x=x, y=y)
-    else:
-        element(svg, "text", line.name, class_=f"name {line.colour}", x=x, y=y)
+    state_text(svg, line.name, class_=f"name {line.colour}", x=x, y=y)
 
 
 def sparkline(values: Sequence[float | None], high: float, title: str) -> Markup:

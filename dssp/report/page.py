@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from dssp.genotype import Genotype
+from dssp.genotype import AnyGenotype
 from dssp.report.axis import ticks
 from dssp.report.candidates import heat_maps
 from dssp.report.cells import FAMILIES, draw_cell, family
@@ -48,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
 def render(run: Run) -> str:
     """The page as HTML. Every text of the run folder passes through autoescape or the SVG element tree."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(dash=DASH, cell_name=_name, state=_state)
+    environment.globals.update(dash=DASH, cell_name=_name, state=partial(_state, inputs=run.inputs))
     template = environment.from_string((files("dssp.report") / "page.html.j2").read_text(encoding="utf-8"))
     removals = _removals(run)
     return template.render(
@@ -57,6 +58,7 @@ def render(run: Run) -> str:
         running=_running(run),
         tiles=_tiles(run, removals),
         cells=_cells(run.genotype),
+        one_output=run.genotype is not None and all(len(concat) == 1 for _, concat in run.genotype.cells.values()),
         families=_families(run.genotype),
         genotype_text=_genotype_text(run.genotype),
         gates=_gate_groups(run, removals, "gates", "absolute"),
@@ -79,9 +81,9 @@ def _setting(value: Any) -> str:
     return DASH if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _state(state: int) -> Markup:
+def _state(state: int, inputs: int) -> Markup:
     """A state's name in HTML: for the inputs, c with a subscript."""
-    name, _, index = state_name(state).partition("_")
+    name, _, index = state_name(state, inputs).partition("_")
     index = index.strip("{}").replace("-", "\N{MINUS SIGN}")
     return Markup("<i>{}</i><sub>{}</sub>").format(name, index) if index else Markup("{}").format(name)
 
@@ -123,6 +125,10 @@ def _tiles(run: Run, removals: Sequence[Removal]) -> list[Tile]:
         tiles.append(Tile("Test accuracy", percent(accuracy), note))
     elif last and (accuracy := last.numbers["valid_accuracy"]) is not None:
         tiles.append(Tile("Validation accuracy", percent(accuracy), f"supernet, epoch {last.epoch}"))
+    tabulated = run.summary.tabulated if run.summary else last.tabulated if last else {}
+    for column, accuracy in tabulated.items():
+        value = DASH if accuracy is None else percent(accuracy / 100)
+        tiles.append(Tile("Tabulated accuracy", value, column))
     if (parameters := numbers.get("parameters")) is not None:
         tiles.append(Tile("Parameters", count(parameters), "derived network"))
     if (flops := numbers.get("flops")) is not None:
@@ -168,22 +174,24 @@ def _last_gate(run: Run, edge: Edge) -> float | None:
 # The derived cells
 
 
-def _cells(genotype: Genotype | None) -> list[tuple[str, Markup]]:
+def _cells(genotype: AnyGenotype | None) -> list[tuple[str, Markup]]:
     if genotype is None:
         return []
-    halves = (("normal", genotype.normal, genotype.normal_concat), ("reduce", genotype.reduce, genotype.reduce_concat))
-    return [(_name(key), draw_cell(cell, concat, f"Derived {_name(key).lower()}")) for key, cell, concat in halves]
+    return [
+        (_name(key), draw_cell(cell, concat, f"Derived {_name(key).lower()}", genotype.inputs))
+        for key, (cell, concat) in genotype.cells.items()
+    ]
 
 
-def _families(genotype: Genotype | None) -> dict[str, str]:
+def _families(genotype: AnyGenotype | None) -> dict[str, str]:
     """The legend: the families of operations that the genotype has."""
-    nodes = genotype.normal + genotype.reduce if genotype else ()
-    present = {family(operation) for node in nodes for operation, _ in node}
+    cells = genotype.cells.values() if genotype else ()
+    present = {family(operation) for nodes, _ in cells for node in nodes for operation, _ in node}
     return {key: name for key, name in FAMILIES.items() if key in present}
 
 
-def _genotype_text(genotype: Genotype | None) -> str | None:
-    """DARTS' text, one node per line; JSON where a node has more edges than that text can say."""
+def _genotype_text(genotype: AnyGenotype | None) -> str | None:
+    """DARTS' text, one node per line, or an arch string; JSON where a node has more edges than a text can say."""
     if genotype is None:
         return None
     try:
@@ -227,8 +235,8 @@ def _node_figure(run: Run, cell: str, node: int, which: str, frame: Frame, ends:
     for edge in edges:
         points = [(epoch.epoch, getattr(epoch, which).get(edge)) for epoch in run.epochs]
         ended = f"removed after epoch {ends[edge]}" if edge in ends else None
-        lines.append(Line(edge.source, f"s{edge.source % 6}", points, ended))
-    name = f"Node {state_name(node)}"
+        lines.append(Line(state_name(edge.source, run.inputs), f"s{edge.source % 6}", points, ended))
+    name = f"Node {state_name(node, run.inputs)}"
     left = sum(edge not in ends for edge in edges)
     title = f"{which.replace('_', ' ').capitalize()} of the edges into {name.lower()}, {_name(cell).lower()}, by epoch"
     return Figure(name, line_chart(lines, frame, title), f"{left} of {len(edges)} edges left")
@@ -252,15 +260,16 @@ def _figure(
 ) -> list[Figure]:
     """A chart of these numbers (key -> name) of the epochs, names showing the last value; none without numbers."""
     lines = []
-    for colour, (key, name) in enumerate(keys.items(), 2 - len(keys)):
-        points = [(e.epoch, None if (value := e.numbers[key]) is None else value * scale) for e in epochs]
+    for colour, (key, name) in enumerate(keys.items(), max(0, 2 - len(keys))):
+        numbers = [{**epoch.tabulated, **epoch.numbers}.get(key) for epoch in epochs]
+        points = [(e.epoch, None if n is None else n * scale) for e, n in zip(epochs, numbers, strict=True)]
         last = next((f"{y:.4g}" for _, y in reversed(points) if y is not None), "")
         lines.append(Line(f"{name} {last}".strip(), f"p{colour}", points))
     values = [y for line in lines for _, y in line.drawn]
     if not values:
         return []
-    low = min(values + [0.0] * from_zero)
-    frame = _frame(epochs, 540, 230, ticks(low, max(values), whole=whole), right=76)
+    low, longest = min(values + [0.0] * from_zero), max(len(line.name) for line in lines)
+    frame = _frame(epochs, 540, 230, ticks(low, max(values), whole=whole), right=max(76, 7 * longest))
     return [Figure(caption, line_chart(lines, frame, f"{caption} by epoch"))]
 
 
@@ -273,8 +282,15 @@ def _learning(run: Run) -> list[Figure]:
         *_figure(epochs, "Loss (cross-entropy)", {k.format("loss"): name for k, name in both.items()}),
         *_figure(epochs, "Accuracy (%)", {k.format("accuracy"): name for k, name in both.items()}, 100),
         *_figure(epochs, "Active edges", {"active_edges": ""}, from_zero=True, whole=True),
+        *_figure(epochs, "Tabulated accuracy of the derived cell (%)", _short_columns(epochs)),
         *_figure(epochs, f"Mean time of a search step ({unit})", {"step_seconds": ""}, scale, from_zero=True),
     ]
+
+
+def _short_columns(epochs: Sequence[Epoch]) -> dict[str, str]:
+    """The columns of the benchmark, each named by its last words: cifar10_test_200ep -> test 200ep."""
+    columns = dict.fromkeys(column for epoch in epochs for column in epoch.tabulated)
+    return {column: " ".join(column.split("_")[-2:]) for column in columns}
 
 
 def _retraining(epochs: Sequence[Epoch]) -> list[Figure]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dssp.genotype import Genotype
+from dssp.genotype import AnyGenotype, genotype_from_dict
 
 
 class UnreadableRun(ValueError):
@@ -18,7 +18,7 @@ class UnreadableRun(ValueError):
 
 @dataclass(frozen=True)
 class Edge:
-    """One edge of a cell; states count as in DARTS: 0 and 1 are the cell's inputs, nodes start at 2."""
+    """One edge of a cell; states count from 0, the cell's inputs before its nodes."""
 
     cell: str
     source: int
@@ -39,6 +39,7 @@ class Epoch:
     gates: Mapping[Edge, float | None]
     normalised_gates: Mapping[Edge, float | None]
     weights: Mapping[Edge, tuple[float | None, ...] | None]  # softmax of alpha, per candidate
+    tabulated: Mapping[str, float | None]  # what a benchmark says of the derived cell, in percent; empty without one
     pruned: tuple[Edge, ...]
 
 
@@ -55,6 +56,7 @@ class Summary:
 
     numbers: Mapping[str, float | None]
     pruned: tuple[Removal, ...]
+    tabulated: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,13 @@ class Run:
     edges: tuple[Edge, ...]
     epochs: tuple[Epoch, ...]
     retraining: tuple[Epoch, ...]
-    genotype: Genotype | None
+    genotype: AnyGenotype | None
     summary: Summary | None
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs a cell has: its first node is the first state that an edge enters."""
+        return min((edge.target for edge in self.edges), default=2)
 
 
 def read_run_folder(path: Path) -> Run:
@@ -217,8 +224,13 @@ def _epoch(line: _Fields, edges: tuple[Edge, ...]) -> Epoch:
         gates={edge: number_of("gates", v) for edge, v in _per_edge(line, "gates", edges)},
         normalised_gates={e: number_of("normalised_gates", v) for e, v in _per_edge(line, "normalised_gates", edges)},
         weights={edge: weights_of("alpha", v) for edge, v in _per_edge(line, "alpha", edges)},
+        tabulated=_tabulated(line),
         pruned=tuple(line.edge("pruned", name) for name in line.items("pruned")),
     )
+
+
+def _tabulated(fields: _Fields) -> dict[str, float | None]:
+    return {column: fields.as_number("tabulated", value) for column, value in fields.mapping("tabulated").items()}
 
 
 def _per_edge(line: _Fields, key: str, edges: tuple[Edge, ...]) -> list[tuple[Edge, Any]]:
@@ -233,13 +245,13 @@ def _per_edge(line: _Fields, key: str, edges: tuple[Edge, ...]) -> list[tuple[Ed
     return pairs
 
 
-def _genotype(path: Path, summary: _Fields | None) -> Genotype | None:
+def _genotype(path: Path, summary: _Fields | None) -> AnyGenotype | None:
     """The derived genotype, from genotype.json or, failing that, from summary.json."""
     source = _read_json(path / "genotype.json") if (path / "genotype.json").is_file() else summary
     if source is None or not (fields := source.mapping("genotype")):
         return None
     try:
-        return Genotype.from_dict(fields)
+        return genotype_from_dict(fields)
     except ValueError as error:
         raise UnreadableRun(f"{source.where}: {error}") from error
 
@@ -261,4 +273,5 @@ def _summary(summary: _Fields) -> Summary:
             "step_last": steps.number("last"),
         },
         pruned=tuple(removals),
+        tabulated=_tabulated(summary),
     )

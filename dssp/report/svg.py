@@ -26,17 +26,23 @@ def element(parent: ET.Element, tag: str, text: str | None = None, **attributes:
     return child
 
 
-def state_name(state: int | str) -> str:
-    """A cell's state as DARTS draws it: c_{k-2} and c_{k-1} are the inputs (states 0 and 1), then nodes 0, 1, ..."""
-    return {0: "c_{k-2}", 1: "c_{k-1}"}.get(state, str(state - 2)) if isinstance(state, int) else state
+def state_name(state: int | str, inputs: int) -> str:
+    """A state of a cell with so many inputs, as the field draws it; a text is itself.
+
+    With two inputs, as DARTS does: c_{k-2} and c_{k-1}, then nodes 0, 1, ...; with one, as NAS-Bench-201 does: c_{k-1},
+    which is node 0, then nodes 1, 2, ...
+    """
+    if isinstance(state, str):
+        return state
+    return f"c_{{k-{inputs - state}}}" if state < inputs else str(state if inputs == 1 else state - inputs)
 
 
-def state_text(parent: ET.Element, state: int | str, **attributes: str | float) -> ET.Element:
-    """A text element with the state's name, its index set as a subscript."""
-    name, _, index = state_name(state).partition("_")
+def state_text(parent: ET.Element, name: str, **attributes: str | float) -> ET.Element:
+    """A text element; what stands in _{} is set as a subscript."""
+    name, _, index = name.partition("_{")
     text = element(parent, "text", name, **attributes)
     if index:
-        element(text, "tspan", index.strip("{}").replace("-", "\N{MINUS SIGN}"), dy=3, class_="sub")
+        element(text, "tspan", index.rstrip("}").replace("-", "\N{MINUS SIGN}"), dy=3, class_="sub")
     return text
 
 

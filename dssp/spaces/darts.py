@@ -1,52 +1,76 @@
-"""The cell space of DARTS: two inputs, a few nodes, every node fed by all states before it."""
+"""The space of DARTS: normal and reduction cells of two inputs, every node fed by all states before it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from torch import Tensor, nn
+
+from dssp.genotype import Genotype
+from dssp.spaces.cell_space import CellSpace
+from dssp.spaces.operations import FactorizedReduce, ReLUConvBN
+from dssp.spaces.skeleton import BuildEdges, Cell, Skeleton
+
+STEM_MULTIPLIER = 3
 
 
-@dataclass(frozen=True)
-class CellSpace:
-    """A cell as a directed acyclic graph of states (DARTS, arXiv:1806.09055, section 2.1).
+class DartsCell(Cell):
+    """A cell that brings the outputs of the two cells before to its own width first; module names are DARTS'.
 
-    States are numbered 0 .. inputs-1 for the inputs and inputs .. inputs+nodes-1 for the nodes; an edge is a pair
-    (source, node) with source < node. Every edge chooses among `operations`.
+    A reduction cell halves H and W: its edges from the inputs have stride 2. Where the cell before is one, the older
+    input is still twice as large and is reduced on its way in.
     """
 
-    name: str
-    operations: tuple[str, ...]
-    nodes: int = 4
-    inputs: int = 2
+    def __init__(
+        self,
+        edges: BuildEdges,
+        *,
+        c_before: int,
+        c_previous: int,
+        channels: int,
+        reduction: bool,
+        reduced_before: bool,
+        affine: bool,
+    ) -> None:
+        super().__init__("reduce" if reduction else "normal")
+        self.preprocess0 = (
+            FactorizedReduce(c_before, channels, affine)
+            if reduced_before
+            else ReLUConvBN(c_before, channels, 1, 1, 0, affine)
+        )
+        self.preprocess1 = ReLUConvBN(c_previous, channels, 1, 1, 0, affine)
+        self._ops = edges(self.cell_type, channels, stride=2 if reduction else 1)
+        self.channels = len(self._ops.concat) * channels
 
-    def __post_init__(self) -> None:
-        for field in ("nodes", "inputs"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}: got {getattr(self, field)}, expected at least 1")
+    def prepare(self, *inputs: Tensor) -> list[Tensor]:
+        s0, s1 = inputs
+        return [self.preprocess0(s0), self.preprocess1(s1)]
 
-    @property
-    def edges(self) -> tuple[tuple[int, int], ...]:
-        """All edges in DARTS' order: node by node, and within a node by source."""
-        return tuple((source, node) for node in self.concat for source in range(node))
 
-    @property
-    def concat(self) -> tuple[int, ...]:
-        """The states whose concatenation is the cell's output: all nodes."""
-        return tuple(range(self.inputs, self.inputs + self.nodes))
+def reduction_cells(cells: int) -> frozenset[int]:
+    """Positions of the reduction cells in a network of `cells` cells: at 1/3 and 2/3 of its depth."""
+    return frozenset({cells // 3, 2 * cells // 3})
 
-    def edges_into(self, node: int) -> range:
-        """Positions in `edges` of the edges that enter state `node`; they are consecutive, in order of source.
 
-        Raises ValueError if `node` is no node of the cell.
-        """
-        if node not in self.concat:
-            raise ValueError(f"node: got {node}, expected one of {self.concat[0]} to {self.concat[-1]}")
-        first = sum(range(self.inputs, node))
-        return range(first, first + node)
-
-    @staticmethod
-    def reduction_cells(cells: int) -> frozenset[int]:
-        """Positions of the reduction cells in a network of `cells` cells: at 1/3 and 2/3 of its depth."""
-        return frozenset({cells // 3, 2 * cells // 3})
+def darts_skeleton(edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool) -> Skeleton:
+    """DARTS' NetworkCIFAR: a 3x3 stem, `cells` cells in all; each reduction cell doubles the channels."""
+    c_before = c_previous = STEM_MULTIPLIER * channels
+    stem = nn.Sequential(nn.Conv2d(image_channels, c_previous, 3, padding=1, bias=False), nn.BatchNorm2d(c_previous))
+    built: list[nn.Module] = []
+    reduced_before = False
+    for position in range(cells):
+        reduction = position in reduction_cells(cells)
+        channels *= 2 if reduction else 1
+        cell = DartsCell(
+            edges,
+            c_before=c_before,
+            c_previous=c_previous,
+            channels=channels,
+            reduction=reduction,
+            reduced_before=reduced_before,
+            affine=affine,
+        )
+        built.append(cell)
+        c_before, c_previous, reduced_before = c_previous, cell.channels, reduction
+    return Skeleton(stem, built, nn.Identity(), c_previous, inputs=2)
 
 
 DARTS = CellSpace(
@@ -61,4 +85,9 @@ DARTS = CellSpace(
         "dil_conv_3x3",
         "dil_conv_5x5",
     ),
+    cell_types=("normal", "reduce"),
+    inputs=2,
+    nodes=4,
+    skeleton=darts_skeleton,
+    genotype=Genotype,
 )

@@ -1,4 +1,4 @@
-"""The candidate operations of DARTS, module for module and key for key as in its operations.py."""
+"""The candidate operations: DARTS' and NAS-Bench-201's, module for module and key for key as in theirs."""
 
 from __future__ import annotations
 
@@ -153,8 +153,10 @@ OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "sep_conv_5x5": lambda channels, stride, affine: SepConv(channels, channels, 5, stride, 2, affine),
     "dil_conv_3x3": lambda channels, stride, affine: DilConv(channels, channels, 3, stride, 2, 2, affine),
     "dil_conv_5x5": lambda channels, stride, affine: DilConv(channels, channels, 5, stride, 4, 2, affine),
+    "nor_conv_1x1": lambda channels, stride, affine: ReLUConvBN(channels, channels, 1, stride, 0, affine),
+    "nor_conv_3x3": lambda channels, stride, affine: ReLUConvBN(channels, channels, 3, stride, 1, affine),
 }
-"""(channels, stride, affine) -> the operation as a derived network holds it. Order: DARTS' PRIMITIVES."""
+"""(channels, stride, affine) -> the operation as a derived network holds it. DARTS' PRIMITIVES in their order first."""
 
 
 def build_operation(name: str, channels: int, stride: int, affine: bool = True) -> nn.Module:
@@ -167,12 +169,12 @@ def build_operation(name: str, channels: int, stride: int, affine: bool = True) 
     return OPERATIONS[name](channels, stride, affine)
 
 
-def build_candidate(name: str, channels: int, stride: int) -> nn.Module:
+def build_candidate(name: str, channels: int, stride: int, *, norms_after_pools: bool = True) -> nn.Module:
     """The operation as a supernet holds it: BatchNorm without parameters, and one after each pool (DARTS' MixedOp).
 
     Raises ValueError if `name` is none of OPERATIONS.
     """
     operation = build_operation(name, channels, stride, affine=False)
-    if "pool" in name:
+    if norms_after_pools and "pool" in name:
         return nn.Sequential(operation, nn.BatchNorm2d(channels, affine=False))
     return operation

@@ -12,7 +12,7 @@ from dssp.bilevel import BilevelSearch
 from dssp.config import SearchConfig
 from dssp.data import DataSet, load_data
 from dssp.search import build_supernet
-from dssp.spaces import DARTS, CellSpace
+from dssp.spaces import DARTS
 from dssp.supernet import Supernet
 
 BATCH = 24
@@ -36,7 +36,7 @@ def small_search(**settings: Any) -> BilevelSearch:
 def small_supernet(*, nodes: int = 3, gated: bool = True, light: bool = True, cells: int = 3) -> Supernet:
     """A supernet of two classes; ``light``: only candidates without parameters at stride 1."""
     operations = ("max_pool_3x3", "skip_connect") if light else tuple(n for n in DARTS.operations if n != "none")
-    space = CellSpace("darts", operations, nodes=nodes)
+    space = replace(DARTS, operations=operations, nodes=nodes)
     return Supernet(space, channels=2, cells=cells, classes=2, image_channels=1, gated=gated)
 
 

@@ -8,9 +8,23 @@ import re
 
 import pytest
 
-from dssp.config import PRESETS, RetrainConfig, SearchConfig, parse_retrain, parse_search
+from dssp.config import PRESETS, SPACE_PRESETS, RetrainConfig, SearchConfig, parse_retrain, parse_search
+from dssp.spaces import SPACES
 
-SHARED = ["dataset", "data_path", "epochs", "batch_size", "channels", "cells", "seed", "device", "run_dir", "resume"]
+SHARED = [
+    "dataset",
+    "data_path",
+    "epochs",
+    "batch_size",
+    "channels",
+    "cells",
+    "seed",
+    "device",
+    "run_dir",
+    "resume",
+    "space",
+    "benchmark",
+]
 
 
 def test_no_flags_is_a_complete_search_on_digits() -> None:
@@ -24,13 +38,30 @@ def test_no_flags_is_a_complete_search_on_digits() -> None:
 @pytest.mark.parametrize("config", [SearchConfig, RetrainConfig])
 def test_every_preset_belongs_to_a_field_that_may_be_left_out(config: type) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    assert all(defaults[name] is None for name in PRESETS[config.__name__])
+    presets = PRESETS[config.__name__], *SPACE_PRESETS[config.__name__].values()
+    assert all(defaults[name] is None for names in presets for name in names)
 
 
 def test_presets_depend_on_the_data_set_and_never_override_a_flag() -> None:
     assert parse_search(["--dataset", "cifar10"]).resolve().channels == PRESETS["SearchConfig"]["channels"][1]
     assert parse_search(["--dataset", "cifar10", "--channels", "5"]).resolve().channels == 5
     assert parse_search(["--retrain-epochs", "0"]).resolve().retrain_epochs == 0
+
+
+def test_every_space_can_be_searched_and_has_the_nodes_of_its_preset() -> None:
+    assert set(SPACE_PRESETS["SearchConfig"]) == set(SPACE_PRESETS["RetrainConfig"]) == set(SPACES)
+    for name, space in SPACES.items():
+        assert parse_search(["--space", name]).resolve().nodes == space.nodes
+
+
+def test_presets_of_the_space_go_before_those_of_the_data_set() -> None:
+    darts, nasbench = (SearchConfig(dataset="cifar10", space=name).resolve() for name in ("darts", "nasbench201"))
+    assert (darts.cells, darts.retrain_cells, darts.max_edges_per_node) == (8, 20, 2)
+    assert (nasbench.channels, nasbench.cells, nasbench.retrain_channels, nasbench.retrain_cells) == (16, 5, 16, 5)
+    assert nasbench.max_edges_per_node == 3 and nasbench.alpha_lr == darts.alpha_lr
+    assert SearchConfig(space="nasbench201", cells=1, channels=3).resolve().cells == 1
+    retraining = RetrainConfig(genotype="g", dataset="cifar10", space="nasbench201").resolve()
+    assert (retraining.channels, retraining.cells) == (16, 5)
 
 
 def test_resolving_twice_changes_nothing() -> None:
@@ -91,6 +122,10 @@ def test_configuration_is_frozen() -> None:
         ("--prune-strategy sometimes", "--prune-strategy"),
         ("--method darts --prune-strategy relative", "--prune-strategy"),
         ("--image-size 64", "--image-size"),
+        ("--cells 2", "--cells"),
+        ("--space nasbench201 --cells 0", "--cells"),
+        ("--space nasbench201 --nodes 4", "--nodes"),
+        ("--space nasbench", "--space"),
         ("--data-path", "--data-path"),
         ("--epoch 3", "--epoch"),
     ],
@@ -145,6 +180,11 @@ def test_help_explains_every_flag_with_its_default(
         preset = PRESETS[config.__name__].get(field.name)
         if preset and None not in preset:
             assert f"(digits {preset[0]}, others {preset[1]})" in text or f"(default {preset[0]})" in text
+        for space, own in SPACE_PRESETS[config.__name__].items():
+            if field.name in own:
+                digits, others = own[field.name]
+                shown = f"digits {digits}, others {others}" if digits != others else f"default {digits}"
+                assert f"({space}: {shown})" in text
     assert set(SHARED) <= {field.name for field in dataclasses.fields(config)}
 
 

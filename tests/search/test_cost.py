@@ -9,6 +9,7 @@ from torch import nn
 from dssp.cost import count_flops, count_parameters
 from dssp.genotype import Genotype
 from dssp.network import DerivedNetwork
+from dssp.spaces import DARTS
 from dssp.spaces.operations import SepConv
 
 SMALL = Genotype(((("skip_connect", 0),),), (2,), ((("max_pool_3x3", 0),),), (2,))
@@ -37,12 +38,12 @@ def test_flops_of_a_derived_network() -> None:
     maps += [8 * 8 * (3 * c) * (2 * c) + 8 * 8 * c * (2 * c)]  # cell 1 doubles; its inputs are still 8x8
     maps += [4 * 4 * c * (4 * c) + 4 * 4 * (2 * c) * (4 * c)]  # cell 2; preprocess0 reduces 8x8 to 4x4
     maps += [4 * c * 10]  # linear
-    network = DerivedNetwork(SMALL, channels=c, cells=cells, classes=10, image_channels=1)
+    network = DerivedNetwork(DARTS, SMALL, channels=c, cells=cells, classes=10, image_channels=1)
     assert count_flops(network, (1, 8, 8)) == 2 * sum(maps)
 
 
 def test_counting_leaves_the_network_as_it_was() -> None:
-    network = DerivedNetwork(SMALL, channels=2, cells=3, classes=10).train()
+    network = DerivedNetwork(DARTS, SMALL, channels=2, cells=3, classes=10).train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     storages = [p.data_ptr() for p in network.parameters()]
     random_state = torch.get_rng_state()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dssp.derivation import derive
-from dssp.spaces import DARTS, CellSpace
+from dssp.spaces import DARTS
 from dssp.supernet import Supernet
 from tests.search.small import set_gates, small_supernet
 
@@ -14,7 +16,7 @@ OPERATIONS = ("none", "max_pool_3x3", "skip_connect")
 
 def stock(gated: bool = False) -> Supernet:
     """One node per cell would leave no choice of edges: two nodes, `none` among three candidates."""
-    return Supernet(CellSpace("darts", OPERATIONS, nodes=2), channels=2, cells=3, classes=2, gated=gated)
+    return Supernet(replace(DARTS, operations=OPERATIONS, nodes=2), channels=2, cells=3, classes=2, gated=gated)
 
 
 def choose(supernet: Supernet, normal: list[list[float]]) -> None:

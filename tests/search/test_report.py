@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dssp.arch_genotype import ArchGenotype
 from dssp.genotype import Genotype
 from dssp.report import UnreadableRun, write_report
 from dssp.report.axis import spread, tick_labels, ticks
@@ -44,6 +45,7 @@ GENOTYPE: dict[str, Any] = {
     ],
     "reduce_concat": [2, 3, 4, 5],
 }
+ARCH = "|nor_conv_3x3~0|+|none~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_1x1~1|nor_conv_3x3~2|"
 REMOVED = {(3, "normal", EDGES.index((0, 4))), (4, "reduce", EDGES.index((1, 5)))}  # epoch, cell type, edge
 
 
@@ -220,6 +222,70 @@ def test_genotype_with_three_edges_into_a_node_is_shown_as_json(tmp_path: Path) 
     assert json.dumps(three) in Page(report(folder)).text
 
 
+def write_nasbench201_run(folder: Path, *, finished: bool) -> Path:
+    """The same for a search of NAS-Bench-201: one cell type, one input, judged by a benchmark."""
+    edges = ["0->1", "0->2", "1->2", "0->3", "1->3", "2->3"]
+    folder.mkdir(parents=True)
+    config = {"dataset": "cifar10", "space": "nasbench201", "method": "dssp", "epochs": 3}
+    operations = ["skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"]
+    write_json(folder / "config.json", config=config, edges={"normal": edges}, operations=operations)
+    lines = []
+    for epoch in range(3):
+        tabulated = {"cifar10_valid_12ep": 60.0 + epoch, "cifar10_test_12ep": 70.0, "cifar10_test_200ep": 91.25}
+        line = {"epoch": epoch, "phase": "search", "gates": {"normal": [0.7] * 6}, "tabulated": tabulated}
+        lines.append(
+            json.dumps({**line, "alpha": {"normal": [[0.25] * 4] * 6}, "pruned": ["normal:0->2"][epoch - 2 :]})
+        )
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    if finished:
+        arch = ArchGenotype.from_text(ARCH)
+        write_json(folder / "genotype.json", space="nasbench201", genotype=arch.to_dict(), method="dssp", seed=0)
+        pruned = [{"epoch": 2, "step": 9, "edge": "normal:0->2"}]
+        write_json(folder / "summary.json", pruned=pruned, tabulated={"cifar10_test_200ep": 91.25})
+    return folder
+
+
+def test_cell_with_one_input_is_drawn_without_the_edges_it_lacks(tmp_path: Path) -> None:
+    html = report(write_nasbench201_run(tmp_path / "run", finished=True))
+    (svg,) = pictures(html, "Derived normal cell")
+    titles = {g.findtext("title") for g in svg.iter("g") if "edge" in g.get("class", "").split()}
+    assert titles == {
+        "c_{k-1} \N{RIGHTWARDS ARROW} 1: nor_conv_3x3",
+        "1 \N{RIGHTWARDS ARROW} 2: avg_pool_3x3",
+        "c_{k-1} \N{RIGHTWARDS ARROW} 3: skip_connect",
+        "1 \N{RIGHTWARDS ARROW} 3: nor_conv_1x1",
+        "2 \N{RIGHTWARDS ARROW} 3: nor_conv_3x3",
+    }
+    (chart,) = pictures(html, "Gates of the edges into node 3, normal cell")
+    lines = [(g.findtext("title") or "").split(":")[0] for g in chart.iter("g") if "line" in g.get("class", "")]
+    assert lines == ["c_{k-1}", "1", "2"]
+    text = " ".join(Page(html).text.split())
+    assert ARCH in text and "from its input to its output, its last node" in text and "Reduction cell" not in text
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_tabulated_accuracy_is_in_the_headline_and_over_the_epochs(tmp_path: Path, finished: bool) -> None:
+    html = report(write_nasbench201_run(tmp_path / "run", finished=finished))
+    assert "91.25\N{NO-BREAK SPACE}%" in Page(html).text
+    (chart,) = pictures(html, "Tabulated accuracy of the derived cell (%) by epoch")
+    lines = [(g.findtext("title") or "").split(":")[0] for g in chart.iter("g") if "line" in g.get("class", "")]
+    assert lines == ["valid 12ep 62", "test 12ep 70", "test 200ep 91.25"]
+
+
+@pytest.mark.parametrize("arch", ["|none~0|+|none~0|none~1|+|none~0|none~1|none~2|", ARCH])
+def test_cell_without_edges_can_be_drawn(arch: str) -> None:
+    ((cell, concat),) = ArchGenotype.from_text(arch).cells.values()
+    assert draw_cell(cell, concat, "cell", inputs=1).count('class="edge') == arch.count("~") - arch.count("none")
+
+
+def test_tabulated_that_is_no_number_names_file_and_line(tmp_path: Path) -> None:
+    folder = write_nasbench201_run(tmp_path / "run", finished=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "tabulated": {"cifar10_test_200ep": "good"}}\n')
+    with pytest.raises(UnreadableRun, match=r"metrics\.jsonl, line 4: 'tabulated' must be a number"):
+        write_report(folder)
+
+
 def test_removed_edge_ends_its_line(tmp_path: Path) -> None:
     html = report(write_run(tmp_path / "run"))
     (chart,) = pictures(html, "Gates of the edges into node 2, normal cell")
@@ -378,7 +444,7 @@ def test_malformed_metrics_names_file_and_line(tmp_path: Path, line: str, compla
         ("config.json", {"operations": [1]}, "'operations' must be a list of strings"),
         ("summary.json", {"test_accuracy": "good"}, "'test_accuracy' must be a number"),
         ("summary.json", {"pruned": [{"epoch": 1, "step": 2}]}, "'edge' must be an edge"),
-        ("genotype.json", {"genotype": {"normal": []}}, "genotype: expected an object with the fields"),
+        ("genotype.json", {"genotype": {"reduce": []}}, "genotype: expected an object with the fields"),
     ],
     ids=["edges", "operations", "accuracy", "pruned", "genotype"],
 )

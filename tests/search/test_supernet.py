@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dssp.spaces import DARTS, CellSpace
-from dssp.supernet import CELL_TYPES, Supernet
+from dssp.supernet import Supernet
 from tests.search.small import small_supernet
 
 # ---- DARTS' model_search.py, as short as it gets ---------------------------------------------------------------------
@@ -128,8 +129,8 @@ class StockNetwork(nn.Module):
 
 # ---- claims ----------------------------------------------------------------------------------------------------------
 
-SPACE = CellSpace("darts", DARTS.operations, nodes=2)
-FEW = CellSpace("few", ("max_pool_3x3", "skip_connect", "dil_conv_3x3"), nodes=2)
+SPACE = replace(DARTS, nodes=2)
+FEW = replace(DARTS, operations=("max_pool_3x3", "skip_connect", "dil_conv_3x3"), nodes=2)
 
 
 def batch(channels: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -157,9 +158,11 @@ def twins(*, gated: bool) -> tuple[Supernet, StockNetwork]:
 
 def stock_weights(supernet: Supernet) -> list[Tensor]:
     """softmax(alpha), times sigmoid(mask) where there are masks: what DARTS' network is given."""
-    weights = [supernet.alpha[type].softmax(-1) for type in CELL_TYPES]
+    weights = [supernet.alpha[type].softmax(-1) for type in supernet.cell_types]
     if supernet.mask:
-        weights = [w * supernet.mask[type].sigmoid()[:, None] for w, type in zip(weights, CELL_TYPES, strict=True)]
+        weights = [
+            w * supernet.mask[type].sigmoid()[:, None] for w, type in zip(weights, supernet.cell_types, strict=True)
+        ]
     return weights
 
 
@@ -245,7 +248,7 @@ def test_live_edges_are_those_that_were_not_removed() -> None:
 
 def test_penalty_sums_the_gates_of_live_edges_only() -> None:
     supernet = small_supernet(nodes=1)
-    gates = torch.cat([supernet.gates(type) for type in CELL_TYPES])
+    gates = torch.cat([supernet.gates(type) for type in supernet.cell_types])
     torch.testing.assert_close(supernet.gate_sum().detach(), gates.sum())
     supernet.remove_edge("normal:1->2")
     penalty = supernet.gate_sum()
