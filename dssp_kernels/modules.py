@@ -104,8 +104,8 @@ class FusedMixedEdge(nn.Module):
             nn.Parameter(1e-3 * torch.randn(self.candidates)) if alpha is None else None if alpha is False else alpha
         )
         self.mask = nn.Parameter(torch.ones(1)) if mask is None else None if mask is False else mask
-        self._pruned = False
-        self._removed: list[nn.Module | None] = []  # copies without data of candidates that remove() gave up
+        self._pruned = self._removed = False
+        self._dataless: list[nn.Module | None] = []  # of a pruned edge: copies of its candidates that hold no memory
         self._output_shapes: dict[torch.Size, torch.Size] = {}
 
     @property
@@ -116,19 +116,19 @@ class FusedMixedEdge(nn.Module):
     def prune(self) -> None:
         """Close the edge: no candidate runs, the output is zeros. restore() opens it again."""
         self._pruned = True
+        self._dataless = self._dataless or _without_data(self._ops)  # now, because torch.compile copies no modules
 
     def restore(self) -> None:
         """Open a pruned edge again. Raises RuntimeError after remove()."""
         if self._removed:
             raise RuntimeError("restore: the edge was removed for good, its candidates no longer exist")
-        self._pruned = False
+        self._pruned, self._dataless = False, []
 
     def remove(self) -> None:
         """Prune for good: the candidates and their memory are given up."""
         self.prune()
-        if not self._removed:
-            self._removed = _without_data(self._ops)
-            self._ops._modules.clear()
+        self._removed = True
+        self._ops._modules.clear()
 
     def candidate_outputs(self, x: Tensor, training: bool, shared: SharedOutputs | None = None) -> Candidates:
         """What the candidates make of x, and the norms left to the mix: K entries each, all None when pruned.
@@ -152,16 +152,19 @@ class FusedMixedEdge(nn.Module):
 
     def zero_output(self, x: Tensor) -> Tensor:
         """Zeros in the shape the candidates would give for x, found once per shape on copies without data."""
-        if x.shape not in self._output_shapes:
-            self._output_shapes[x.shape] = self._output_shape(x)
-        shape = self._output_shapes[x.shape]
+        if torch.compiler.is_compiling():  # a look-up would tie the graph to one batch size
+            shape = self._output_shape(x)
+        else:
+            if x.shape not in self._output_shapes:
+                self._output_shapes[x.shape] = self._output_shape(x)
+            shape = self._output_shapes[x.shape]
         channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         memory_format = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format).zero_()
 
     def _output_shape(self, x: Tensor) -> torch.Size:
         with torch.no_grad():
-            for op in self._removed or _without_data(self._ops):
+            for op in self._dataless or _without_data(self._ops):
                 y = None if op is None else op(torch.empty_like(x, device="meta"))
                 if y is not None:
                     return y.shape

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from dssp_kernels.arguments import checked_mixture, empty_as
-from dssp_kernels.backend import WHY_NO_CPU_KERNELS, implementation_for
+from dssp_kernels.arguments import checked_mixture, empty_as, with_strides
+from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, implementation_for
 from dssp_kernels.batch_norm_mixed_sum.reference import (
     BATCH,
     PLAIN,
@@ -60,8 +60,7 @@ def batch_norm_mixed_sum(
         outputs are those of the values in float32; float64 is kept for the sums of partial sums.
 
     Differentiable twice with respect to every output, alpha, mask, and every weight and bias of the norms.
-    Bit-reproducible on CPU tensors, whatever the number of threads. CUDA tensors: the reference formula (there is no
-    Triton kernel for this operator yet).
+    Bit-reproducible, on CPU tensors whatever the number of threads.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; as nn.BatchNorm2d does for a batch
@@ -76,13 +75,15 @@ def batch_norm_mixed_sum(
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {first.shape}")
     softmax = relaxation == "softmax"
-    if implementation_for(alpha.device) in ("cpu", "triton"):
+    implementation = implementation_for(alpha.device)
+    if implementation != "reference":
         groups = (outputs, *normalisation.tensors())
         sizes = [len(group) for group in groups]
+        interpreted, tensors = implementation == "interpreter", itertools.chain(*groups)
         y, mean, variance = _BatchNormMixedSum.apply(
-            sizes, normalisation.kinds, normalisation.eps, softmax, alpha, mask, active, *itertools.chain(*groups)
+            interpreted, sizes, normalisation.kinds, normalisation.eps, softmax, alpha, mask, active, *tensors
         )
-        update: Callable[..., None] = torch.ops.dssp_kernels.batch_norm_update_running_statistics
+        update: Callable[..., None] = _operators(interpreted).batch_norm_update_running_statistics
     else:
         y, mean, variance = batch_norm_mixed_sum_reference(
             outputs, alpha, mask, active, *normalisation.tensors(), normalisation.kinds, normalisation.eps, softmax
@@ -190,6 +191,15 @@ def _read_norms(outputs: Entries, norms: Sequence[nn.BatchNorm2d | None], traini
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
+def _operators(triton: bool) -> Any:
+    """Where the operators are functions by their names: Triton's launchers, or what is registered for each device."""
+    if triton:
+        from dssp_kernels.batch_norm_mixed_sum import triton_kernels
+
+        return triton_kernels
+    return torch.ops.dssp_kernels
+
+
 def _split(values: Sequence[_T], sizes: Sequence[int]) -> Iterator[Sequence[_T]]:
     end = 0
     for size in sizes:
@@ -214,6 +224,7 @@ class _BatchNormMixedSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        interpreted: bool,
         sizes: list[int],
         kinds: list[int],
         eps: list[float],
@@ -224,7 +235,7 @@ class _BatchNormMixedSum(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs, weights, biases, running_means, running_variances = _split(tensors, sizes)
-        y, mean, variance = torch.ops.dssp_kernels.batch_norm_mixed_sum_forward(
+        y, mean, variance = _operators(interpreted).batch_norm_mixed_sum_forward(
             outputs, alpha, mask, active, weights, biases, running_means, running_variances, kinds, eps, softmax
         )
         needs_parameter_grad = alpha.requires_grad or (mask is not None and mask.requires_grad)
@@ -235,16 +246,22 @@ class _BatchNormMixedSum(torch.autograd.Function):
         ctx.save_for_backward(alpha, mask, active, mean, variance, *kept, *weights, *biases)
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
-        ctx.sizes, ctx.kinds, ctx.eps, ctx.softmax, ctx.strides = sizes, kinds, eps, softmax, y.stride()
+        ctx.interpreted, ctx.sizes, ctx.kinds, ctx.eps = interpreted, sizes, kinds, eps
+        ctx.softmax, ctx.strides = softmax, y.stride()
         return y, mean, variance
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * (7 + sum(ctx.sizes))
+            return (None,) * (8 + sum(ctx.sizes))
         alpha, mask, active, mean, variance, *tensors = ctx.saved_tensors
-        outputs, weights, biases = _split(tensors, ctx.sizes[:3])
-        needs_alpha, needs_mask, _, *needed = ctx.needs_input_grad[4:]
+        outputs, *vectors = _split(tensors, ctx.sizes[:3])
+        alpha, mask, active, mean, variance = (
+            None if tensor is None else tensor.contiguous() for tensor in (alpha, mask, active, mean, variance)
+        )
+        weights, biases = ([None if v is None else v.contiguous() for v in group] for group in vectors)
+        outputs = [None if output is None else with_strides(output, ctx.strides) for output in outputs]
+        needs_alpha, needs_mask, _, *needed = ctx.needs_input_grad[5:]
         needs_output, needs_weight, needs_bias = (_flags(f, len(outputs)) for f in _split(needed, ctx.sizes[:3]))
         given = (outputs, alpha, mask, active, weights, biases, mean, variance, ctx.kinds, ctx.eps, ctx.softmax)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -252,9 +269,8 @@ class _BatchNormMixedSum(torch.autograd.Function):
                 *(grad, *given, needs_alpha, needs_mask, needs_output, needs_weight, needs_bias), create_graph=True
             )
         else:
-            if grad.stride() != ctx.strides:  # expanded by sum(), or laid out otherwise by what follows
-                grad = torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
-            requested, d_alpha, d_mask = torch.ops.dssp_kernels.batch_norm_mixed_sum_backward(
+            grad = with_strides(grad, ctx.strides)
+            requested, d_alpha, d_mask = _operators(ctx.interpreted).batch_norm_mixed_sum_backward(
                 grad, *given, needs_output, needs_weight, needs_bias, needs_alpha or needs_mask
             )
             found = iter(requested)
@@ -262,7 +278,7 @@ class _BatchNormMixedSum(torch.autograd.Function):
             gradients += [next(found) if need else None for need in (*needs_output, *needs_weight, *needs_bias)]
         d_outputs, d_weights, d_biases = _split(gradients[2:], [len(outputs)] * 3)
         return (
-            *(None, None, None, None),
+            *(None, None, None, None, None),
             *(gradients[0], gradients[1], None),
             *d_outputs,
             *d_weights[: len(weights)],
@@ -407,10 +423,26 @@ def _reference_backward(
     return d_outputs + rest, nothing if d_alpha is None else d_alpha, nothing if d_mask is None else d_mask
 
 
-for _key in ("CUDA",) if WHY_NO_CPU_KERNELS is None else ("CUDA", "CPU"):
-    _library.impl("batch_norm_mixed_sum_forward", _reference_forward, _key)
-    _library.impl("batch_norm_mixed_sum_backward", _reference_backward, _key)
-    _library.impl("batch_norm_update_running_statistics", update_running_statistics_reference, _key)
+def _cuda_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _operators(True).batch_norm_mixed_sum_forward(*arguments)
+
+
+def _cuda_backward(*arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+    return _operators(True).batch_norm_mixed_sum_backward(*arguments)
+
+
+def _cuda_update(*arguments: Any) -> None:
+    _operators(True).batch_norm_update_running_statistics(*arguments)
+
+
+_without_kernels = (_reference_forward, _reference_backward, update_running_statistics_reference)
+_implementations = {"CUDA": (_cuda_forward, _cuda_backward, _cuda_update) if HAS_TRITON else _without_kernels}
+if WHY_NO_CPU_KERNELS is not None:
+    _implementations["CPU"] = _without_kernels
+for _key, (_forward, _backward, _update) in _implementations.items():
+    _library.impl("batch_norm_mixed_sum_forward", _forward, _key)
+    _library.impl("batch_norm_mixed_sum_backward", _backward, _key)
+    _library.impl("batch_norm_update_running_statistics", _update, _key)
 
 
 @register_flop_formula(torch.ops.dssp_kernels.batch_norm_mixed_sum_forward)

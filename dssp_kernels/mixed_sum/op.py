@@ -46,6 +46,7 @@ def mixed_sum(
         RuntimeError: the backend asked for with set_backend() cannot run on this device.
     """
     outputs, alpha, mask = checked_mixture(outputs, alpha, mask, relaxation, active)
+    active = None if active is None else active.contiguous()  # a column of a table, say
     softmax = relaxation == "softmax"
     implementation = implementation_for(alpha.device)
     if implementation == "reference":
@@ -101,7 +102,9 @@ class _MixedSum(torch.autograd.Function):
         needs_alpha, needs_mask, _, *needs_output_grad = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return None, None, *_differentiable_gradients(ctx, grad)
-        grad, *outputs = (None if tensor is None else with_strides(tensor, ctx.strides) for tensor in (grad, *outputs))
+        grad = with_strides(grad, ctx.strides)
+        outputs = [None if output is None else with_strides(output, ctx.strides) for output in outputs]
+        alpha, mask, active = [None if tensor is None else tensor.contiguous() for tensor in (alpha, mask, active)]
         needs_parameter_grad = needs_alpha or needs_mask
         requested, d_alpha, d_mask = _backward(
             ctx.interpreted, grad, outputs, alpha, mask, active, ctx.softmax, needs_output_grad, needs_parameter_grad

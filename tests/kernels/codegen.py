@@ -1,7 +1,8 @@
-"""Compile what mixed_sum's launchers launch for a GPU that need not be there; print what the machine code does as JSON.
+"""Compile what the Triton launchers launch for a GPU that need not be there; print what the machine code does as JSON.
 
-Reads a JSON list of {"kernel", "arch", "dtype", "edges", "candidates", "n"} from standard input. Run it without
-TRITON_INTERPRET, in a process of its own: it replaces Triton's driver and lets launches end after compilation.
+Reads a JSON list from standard input: {"kernel", "arch", "dtype", "edges", "candidates"}, and "n" for mixed_sum's
+kernels or "shape", "layout" and "training" for those of batch_norm_mixed_sum. Run it without TRITON_INTERPRET, in a
+process of its own: it replaces Triton's driver and lets launches end after compilation.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dssp_kernels.mixed_sum import triton_kernels
+from dssp_kernels.batch_norm_mixed_sum import triton_kernels as batch_norm
+from dssp_kernels.batch_norm_mixed_sum.reference import BATCH, PLAIN, RUNNING
+from dssp_kernels.mixed_sum import triton_kernels as mixed_sum
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "U8": 1}  # bytes by SASS suffix; none: 4
@@ -41,25 +46,60 @@ class OfflineDriver:
         return GPUTarget("cuda", self.arch, 32) if isinstance(self.arch, int) else GPUTarget("hip", self.arch, 64)
 
 
-def compiled_kernels(variant: dict[str, Any]) -> list[Any]:
+@contextmanager
+def compiling_for(arch: int | str) -> Iterator[list[Any]]:
     """Triton's compiled kernels in the order the launchers launch them, for tensors that take no memory."""
-    triton.runtime.driver.set_active(OfflineDriver(variant["arch"]))
-    triton_kernels.NUM_WARPS = triton_kernels.THREADS // triton.runtime.driver.active.get_current_target().warp_size
+    triton.runtime.driver.set_active(OfflineDriver(arch))
+    for module in (mixed_sum, batch_norm):
+        module.NUM_WARPS = module.THREADS // triton.runtime.driver.active.get_current_target().warp_size
     kernels: list[Any] = []
     run = JITFunction.run
     JITFunction.run = lambda *args, **keywords: kernels.append(run(*args, **keywords | {"warmup": True}))
-    edges, candidates = variant["edges"], variant["candidates"]
     with torch.device("meta"):
+        yield kernels
+    JITFunction.run = run
+
+
+def mixed_sum_kernels(variant: dict[str, Any]) -> list[Any]:
+    edges, candidates = variant["edges"], variant["candidates"]
+    with compiling_for(variant["arch"]) as kernels:
         outputs = [torch.empty(variant["n"], dtype=getattr(torch, variant["dtype"])) for _ in range(edges * candidates)]
         alpha, mask = torch.empty(edges, candidates), torch.empty(edges)
         active = torch.empty(edges, dtype=torch.bool) if edges > 1 else None
-    if variant["kernel"] == "forward":
-        triton_kernels.mixed_sum_forward(outputs, alpha, mask, active, True)
-    else:
-        needs_grad = [True] * len(outputs)
-        dots = variant["kernel"] != "weights"
-        triton_kernels.mixed_sum_backward(outputs[0], outputs, alpha, mask, active, True, needs_grad, dots)
-    JITFunction.run = run
+        if variant["kernel"] == "forward":
+            mixed_sum.mixed_sum_forward(outputs, alpha, mask, active, True)
+        else:
+            needs_grad = [True] * len(outputs)
+            dots = variant["kernel"] != "weights"
+            mixed_sum.mixed_sum_backward(outputs[0], outputs, alpha, mask, active, True, needs_grad, dots)
+    return kernels[1:] if variant["kernel"] == "finish" else kernels
+
+
+def batch_norm_kernels(variant: dict[str, Any]) -> list[Any]:
+    """The first candidate of an edge is not normalised, as skip is not; "absent": the second is not there."""
+    edges, candidates, channels = variant["edges"], variant["candidates"], variant["shape"][1]
+    entries = range(edges * candidates)
+    norm = BATCH if variant["training"] else RUNNING
+    kinds = [PLAIN if i % candidates == 0 or (variant["absent"] and i % candidates == 1) else norm for i in entries]
+    with compiling_for(variant["arch"]) as kernels:
+        memory_format = getattr(torch, variant["layout"])
+        x = torch.empty(variant["shape"], dtype=getattr(torch, variant["dtype"])).to(memory_format=memory_format)
+        outputs = [None if variant["absent"] and i % candidates == 1 else torch.empty_like(x) for i in entries]
+        alpha, mask = torch.empty(edges, candidates), torch.empty(edges)
+        active = torch.empty(edges, dtype=torch.bool) if edges > 1 else None
+        affine = [torch.empty(channels) if kind != PLAIN else None for kind in kinds] if variant["affine"] else []
+        means = [torch.empty(channels) if kind != PLAIN else None for kind in kinds]
+        mixture, norms = (outputs, alpha, mask, active, affine, affine), (kinds, [1e-5] * len(kinds), True)
+        _, mean, variance = batch_norm.batch_norm_mixed_sum_forward(*mixture, means, means, *norms)
+        needs = [tensor is not None for tensor in affine] or [False] * len(kinds)
+        batch_norm.batch_norm_mixed_sum_backward(
+            x, *mixture, mean, variance, *norms, [output is not None for output in outputs], needs, needs, True
+        )
+        tracked = [i for i in entries if kinds[i] != PLAIN]
+        running, counters = [means[i] for i in tracked], [torch.empty((), dtype=torch.int64) for _ in tracked]
+        batch_norm.batch_norm_update_running_statistics(
+            running, running, counters, mean, variance, active, tracked, [0.1] * len(tracked), 100
+        )
     return kernels
 
 
@@ -96,7 +136,11 @@ def amd_facts(assembly: str) -> dict[str, Any]:
 def main() -> None:
     facts: list[dict[str, Any]] = []
     for variant in json.load(sys.stdin):
-        code = compiled_kernels(variant)[1 if variant["kernel"] == "finish" else 0].asm
+        if "shape" in variant:
+            kernels = {kernel.metadata.name: kernel for kernel in batch_norm_kernels(variant)}
+            code = kernels[f"batch_norm_{variant['kernel']}_kernel"].asm
+        else:
+            code = mixed_sum_kernels(variant)[0].asm
         facts.append(sass_facts(code["cubin"]) if isinstance(variant["arch"], int) else amd_facts(code["amdgcn"]))
     print(json.dumps(facts))
 

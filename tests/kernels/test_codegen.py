@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -56,25 +57,84 @@ VARIANTS = [
     variant("backward", 90, "bfloat16", 33),
 ]
 
+# Of batch_norm_mixed_sum. Per thread 8 loads of entries are in flight (4 of statistics), and of the gradient 2.
+NORM_CEILINGS = {
+    "mixed_sum_statistics": 80,  # 6 programs resident, 4 loads each: 48 KB per multiprocessor
+    "mixed_sum_fwd_tables": 96,  # tiny
+    "mixed_sum_fwd": 128,  # 4 programs, 8 loads: 64 KB
+    "mixed_sum_bwd_sums": 168,  # 3 programs, 10 loads: 60 KB; sums and means of 8 channels x 4 entries
+    "mixed_sum_bwd_tables": 64,  # tiny
+    "mixed_sum_bwd": 96,  # 5 programs, 10 loads: 100 KB
+    "running_statistics": 40,  # tiny
+}
+
+
+def norm_variant(kernel: str, arch: int | str, layout: str, **others: Any) -> Variant:
+    common = {"kernel": kernel, "arch": arch, "dtype": "bfloat16", "layout": layout, "candidates": 8, "edges": 1}
+    return common | {"shape": [64, 16, 32, 32], "training": True, "affine": False, "absent": False} | others
+
+
+def norm_variants(*configurations: tuple[int | str, str, dict[str, Any]]) -> list[Variant]:
+    return [
+        norm_variant(kernel, arch, layout, **others)
+        for arch, layout, others in configurations
+        for kernel in NORM_CEILINGS
+        if others.get("training", True) or kernel not in ("mixed_sum_statistics", "running_statistics")
+    ]
+
+
+NORM_VARIANTS = norm_variants(
+    (90, "contiguous_format", {}),
+    (90, "channels_last", {}),
+    ("gfx942", "channels_last", {}),
+)
+SLOW_NORM_VARIANTS = norm_variants(
+    *((arch, layout, {}) for arch in (80, 100) for layout in ("contiguous_format", "channels_last")),
+    ("gfx942", "contiguous_format", {}),
+    (90, "channels_last", {"dtype": "float32"}),
+    (90, "channels_last", {"shape": [64, 24, 7, 7]}),
+    (90, "channels_last", {"edges": 2, "affine": True}),
+    (90, "contiguous_format", {"edges": 2, "absent": True}),
+    (90, "channels_last", {"training": False, "affine": True}),
+)
+EVERY_NORM_VARIANT = [*NORM_VARIANTS, *(pytest.param(v, marks=pytest.mark.slow) for v in SLOW_NORM_VARIANTS)]
+
 
 def name(v: Variant) -> str:
-    return f"{v['kernel']}-{v['arch']}-{v['dtype']}-E{v['edges']}-K{v['candidates']}-n{v['n']}"
+    tensors = f"n{v['n']}" if "n" in v else f"{v['layout']}-{'x'.join(map(str, v['shape']))}"
+    flags = [flag for flag in ("training", "affine", "absent") if v.get(flag)]
+    return "-".join([f"{v['kernel']}-{v['arch']}-{v['dtype']}-E{v['edges']}-K{v['candidates']}-{tensors}", *flags])
 
 
-@pytest.fixture(scope="module")
-def facts() -> dict[str, dict[str, Any]]:
+def compiled(variants: list[Variant]) -> dict[str, dict[str, Any]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("codegen.py"))],
-        input=json.dumps(VARIANTS),
+        input=json.dumps(variants),
         capture_output=True,
         text=True,
         env=environment,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return dict(zip(map(name, VARIANTS), json.loads(done.stdout), strict=True))
+    return dict(zip(map(name, variants), json.loads(done.stdout), strict=True))
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, dict[str, Any]]:
+    return compiled(VARIANTS)
+
+
+@functools.cache
+def compiled_norms(slow: bool) -> dict[str, dict[str, Any]]:
+    return compiled(SLOW_NORM_VARIANTS if slow else NORM_VARIANTS)
+
+
+@pytest.fixture
+def found(v: Variant) -> dict[str, Any]:
+    """What the machine code of a kernel of batch_norm_mixed_sum does."""
+    return compiled_norms(v in SLOW_NORM_VARIANTS)[name(v)]
 
 
 @pytest.mark.parametrize("v", VARIANTS, ids=name)
@@ -114,3 +174,33 @@ def test_loads_are_in_flight_together(v: Variant, facts: dict[str, dict[str, Any
     if v["candidates"] > 8:
         pytest.skip("candidates are read in groups of 8")
     assert facts[name(v)]["arithmetic_between_loads"] == 0
+
+
+@pytest.mark.parametrize("v", EVERY_NORM_VARIANT, ids=name)
+def test_norms_inside_the_mix_spill_nothing(v: Variant, found: dict[str, Any]) -> None:
+    assert found["spills"] == 0 and found["stack"] == 0
+    if isinstance(v["arch"], int):
+        shifted = v["kernel"] == "mixed_sum_fwd" and v["affine"]  # 3 programs are resident then: 48 KB
+        assert found["registers"] <= (168 if shifted else NORM_CEILINGS[v["kernel"]])
+
+
+@pytest.mark.parametrize("v", EVERY_NORM_VARIANT, ids=name)
+def test_norms_inside_the_mix_read_every_entry_once_16_bytes_at_a_time(v: Variant, found: dict[str, Any]) -> None:
+    """Per thread and step: two vectors of each of a group's four entries, and of the gradient; four of statistics.
+
+    Where channels are neighbours in memory, what is known about 16 bytes of them is read as such, too.
+    """
+    if v["kernel"] not in ("mixed_sum_statistics", "mixed_sum_fwd", "mixed_sum_bwd"):
+        pytest.skip("reads what is known per channel as well, or nothing else")
+    loads, stores = ({int(width): count for width, count in found[key].items()} for key in ("loads", "stores"))
+    element = 2 if v["dtype"] == "bfloat16" else 4
+    running = not v["training"]
+    entries = {"mixed_sum_statistics": 4, "mixed_sum_fwd": 8, "mixed_sum_bwd": 2 if running else 10}[v["kernel"]]
+    tables = {"mixed_sum_statistics": 0, "mixed_sum_fwd": 3 if v["affine"] else 2, "mixed_sum_bwd": 1 if running else 4}
+    in_tables = 4 * tables[v["kernel"]] * (4 // element if v["layout"] == "channels_last" else 0)
+    repeated = loads[16] // (entries + in_tables)  # the compiler may unroll the loop over groups or shares
+    assert loads[16] == (entries + in_tables) * repeated
+    assert repeated in ((1, 2, 2 * v["edges"]) if v["kernel"] != "mixed_sum_bwd" else (1,))
+    written = {"mixed_sum_statistics": 0, "mixed_sum_fwd": 2, "mixed_sum_bwd": 8}[v["kernel"]]
+    assert stores.get(16, 0) == written
+    assert 2 not in loads and 2 not in stores
