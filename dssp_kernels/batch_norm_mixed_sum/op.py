@@ -263,7 +263,7 @@ class _BatchNormMixedSum(torch.autograd.Function):
         outputs = [None if output is None else with_strides(output, ctx.strides) for output in outputs]
         needs_alpha, needs_mask, _, *needed = ctx.needs_input_grad[5:]
         needs_output, needs_weight, needs_bias = (_flags(f, len(outputs)) for f in _split(needed, ctx.sizes[:3]))
-        given = (outputs, alpha, mask, active, weights, biases, mean, variance, ctx.kinds, ctx.eps, ctx.softmax)
+        given: Any = (outputs, alpha, mask, active, weights, biases, mean, variance, ctx.kinds, ctx.eps, ctx.softmax)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradients = _reference_gradients(
                 *(grad, *given, needs_alpha, needs_mask, needs_output, needs_weight, needs_bias), create_graph=True

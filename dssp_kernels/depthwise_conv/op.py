@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dssp_kernels.backend import WHY_NO_CPU_KERNELS, implementation_for
+from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, implementation_for
 from dssp_kernels.depthwise_conv.arguments import autocast, checked_convolution, layout_of, output_size
 from dssp_kernels.depthwise_conv.reference import depthwise_conv2d_reference
 
@@ -43,8 +43,9 @@ def depthwise_conv2d(
     Differentiable twice with respect to x and weight. On CPU tensors the C++ kernels run: sums in float32 (float64 for
     float64), bit-reproducible on any number of threads. They are made for channels_last; contiguous ones are read
     and written in place too, an element instead of a vector at a time, which takes two to four times as long. Padding
-    is zeros multiplied like any other value: an infinite weight gives NaN there. CUDA tensors go through
-    torch.nn.functional.conv2d (there is no Triton kernel for this operator yet).
+    is zeros multiplied like any other value: an infinite weight gives NaN there. On CUDA tensors the Triton kernels run
+    where they serve, with the same sums, bit-reproducible too: filters up to 7x7 and strides up to 3 with any padding
+    and dilation. Beyond, CUDA tensors go through torch.nn.functional.conv2d.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -54,12 +55,27 @@ def depthwise_conv2d(
     x, weight = autocast(x, weight)
     if x.dtype != weight.dtype:
         raise TypeError(f"weight: expected x's dtype {x.dtype}, got {weight.dtype}")
-    if x.device.type == "meta" or implementation_for(x.device) != "cpu":
+    implementation = "reference" if x.device.type == "meta" else implementation_for(x.device)
+    if implementation == "reference" or (implementation != "cpu" and not _triton_serves(weight, strides)):
         return depthwise_conv2d_reference(x, weight, strides, paddings, dilations, relu)
-    return _DepthwiseConv2d.apply(x, weight, strides, paddings, dilations, relu)
+    return _DepthwiseConv2d.apply(implementation == "interpreter", x, weight, strides, paddings, dilations, relu)
+
+
+def _triton_serves(weight: Tensor, stride: tuple[int, int]) -> bool:
+    """Whether the sums of a Triton program fit into its registers."""
+    return max(weight.shape[2:]) <= 7 and max(stride) <= 3
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _operators(triton: bool) -> Any:
+    """Where the operators are functions by their names: Triton's launchers, or what is registered for each device."""
+    if triton:
+        from dssp_kernels.depthwise_conv import triton_kernels
+
+        return triton_kernels
+    return torch.ops.dssp_kernels
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
@@ -68,6 +84,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        interpreted: bool,
         x: Tensor,
         weight: Tensor,
         stride: tuple[int, int],
@@ -76,19 +93,19 @@ class _DepthwiseConv2d(torch.autograd.Function):
         relu: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.arguments = (stride, padding, dilation, relu)
-        return torch.ops.dssp_kernels.depthwise_conv2d_forward(x, weight, *ctx.arguments)
+        ctx.interpreted, ctx.arguments = interpreted, (stride, padding, dilation, relu)
+        return _operators(interpreted).depthwise_conv2d_forward(x, weight, *ctx.arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        needs_input, needs_weight = ctx.needs_input_grad[1:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_gradients(ctx, grad), None, None, None, None
+            return None, *_differentiable_gradients(ctx, grad), None, None, None, None
         x, weight = ctx.saved_tensors
-        d_x, d_weight = torch.ops.dssp_kernels.depthwise_conv2d_backward(
+        d_x, d_weight = _operators(ctx.interpreted).depthwise_conv2d_backward(
             grad, x, weight, *ctx.arguments, needs_input, needs_weight
         )
-        return d_x if needs_input else None, d_weight if needs_weight else None, None, None, None, None
+        return None, d_x if needs_input else None, d_weight if needs_weight else None, None, None, None, None
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
@@ -96,7 +113,7 @@ def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 
     Fresh views stand for the inputs, so that a weight computed from x does not count twice.
     """
-    needed = ctx.needs_input_grad[:2]
+    needed = ctx.needs_input_grad[1:3]
     inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
     y = depthwise_conv2d_reference(*inputs, *ctx.arguments)
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
@@ -169,9 +186,21 @@ def _reference_backward(
     return d_x, d_weight.contiguous() if needs_weight_grad else x.new_empty(0)
 
 
-for _key in ("CUDA",) if WHY_NO_CPU_KERNELS is None else ("CPU", "CUDA"):
-    _library.impl("depthwise_conv2d_forward", _reference_forward, _key)
-    _library.impl("depthwise_conv2d_backward", _reference_backward, _key)
+if WHY_NO_CPU_KERNELS is not None:
+    _library.impl("depthwise_conv2d_forward", _reference_forward, "CPU")
+    _library.impl("depthwise_conv2d_backward", _reference_backward, "CPU")
+
+
+def _triton_forward(*arguments: Any) -> Tensor:
+    return _operators(True).depthwise_conv2d_forward(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _operators(True).depthwise_conv2d_backward(*arguments)
+
+
+_library.impl("depthwise_conv2d_forward", _triton_forward if HAS_TRITON else _reference_forward, "CUDA")
+_library.impl("depthwise_conv2d_backward", _triton_backward if HAS_TRITON else _reference_backward, "CUDA")
 
 
 def _multiply_adds(x_shape: Any, weight_shape: Any, stride: Any, padding: Any, dilation: Any) -> int:
