@@ -41,7 +41,8 @@ stage() { # name, limit in seconds, command...
 stage build 120 bash -c '"$0" setup.py build_ext --inplace && ls dssp_kernels/_cpu*.so' "$PYTHON" ||
   echo "== build: no C++ kernels; CPU tensors run on the reference backend, GPU tensors are not affected"
 stage tests 150 "$PYTHON" -m pytest tests/gpu -m gpu -q || failed=1
-stage bench 200 "$PYTHON" bench/edge_throughput.py --device cuda --quick --dtypes float32 bfloat16 --out "$OUT" || failed=1
+stage bench 230 "$PYTHON" bench/edge_throughput.py --device cuda --quick --dtypes float32 bfloat16 --out "$OUT" || failed=1
+stage step 120 "$PYTHON" bench/search_step.py --device cuda --quick --out "$OUT" || failed=1
 stage search 90 "$PYTHON" -m dssp.search --dataset digits --device cuda --epochs 4 --run-dir "$run_dir" || failed=1
 [[ ! -f $run_dir/summary.json ]] || cp "$run_dir/summary.json" "$OUT/search_summary.json"
 

@@ -1,6 +1,6 @@
 """Draws JSON of bench/edge_throughput.py: speed-ups as bars beside FILE as .png, scaling as lines in FILE-scaling.png.
 
-python bench/plot.py bench/results/cpu-2-cores.json
+python bench/plot.py bench/results/edge-throughput-2-cores.json
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The README's table of speed-ups, made from JSON of bench/edge_throughput.py.
 
-python bench/readme_table.py bench/results/cpu-2-cores.json                     # print it
-python bench/readme_table.py bench/results/cpu-2-cores.json --write README.md   # between the two marker lines
+python bench/readme_table.py bench/results/edge-throughput-2-cores.json         # print it
+python bench/readme_table.py bench/results/edge-throughput-2-cores.json --write README.md   # between its marker lines
 """
 
 from __future__ import annotations
