@@ -69,6 +69,7 @@ def batch_norm_mixed_sum(
     """
     given = outputs
     outputs, alpha, mask = checked_mixture(outputs, alpha, mask, relaxation, active)
+    active = None if active is None else active.contiguous()  # a column of a table, say
     normalisation = _read_norms(given, norms, training)
     first = next(output for output in outputs if output is not None)
     count = first.numel() // first.shape[1] if BATCH in normalisation.kinds else 0
@@ -356,7 +357,8 @@ _library.define(
 # The one operator that writes into its arguments: a functional one would hand back 2 * E * K tensors to be copied.
 _library.define(
     "batch_norm_update_running_statistics(Tensor(a!)[] running_means, Tensor(b!)[] running_variances, "
-    "Tensor(c!)[] counters, Tensor mean, Tensor variance, Tensor? active, int[] entries, float[] momenta, int count) "
+    "Tensor(c!)[] counters, Tensor mean, Tensor variance, Tensor? active, int[] entries, float[] momenta, "
+    "SymInt count) "
     "-> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
