@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -15,9 +15,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from dssp_kernels import batch_norm_mixed_sum, get_backend, mixed_sum, set_backend
+from dssp_kernels import batch_norm_mixed_sum, mixed_sum
 from dssp_kernels.backend import WHY_NO_CPU_KERNELS
 from dssp_kernels.batch_norm_mixed_sum import op
+from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.mixtures import Mixture, mixture
 
 SLACK = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-6, torch.float64: 1e-13}
@@ -28,16 +29,6 @@ LAYOUTS = {
     "sliced": lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]],
 }
 OPERATORS = torch.ops.dssp_kernels
-
-with_cpu_kernels = pytest.mark.skipif(WHY_NO_CPU_KERNELS is not None, reason=f"C++ kernels: {WHY_NO_CPU_KERNELS}")
-
-
-@pytest.fixture(params=[pytest.param("cpu", marks=with_cpu_kernels), "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = get_backend()
-    set_backend(request.param)
-    yield request.param
-    set_backend(before)
 
 
 # ---- cases: mixtures with norms --------------------------------------------------------------------------------------

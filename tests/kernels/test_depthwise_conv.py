@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,28 +15,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from dssp_kernels import get_backend, set_backend
-from dssp_kernels.backend import WHY_NO_CPU_KERNELS
 from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
+from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.convolutions import LAYOUTS, SLACK, assert_as_exact, normal, run
-
-with_cpu_kernels = pytest.mark.skipif(WHY_NO_CPU_KERNELS is not None, reason=f"C++ kernels: {WHY_NO_CPU_KERNELS}")
-
-
-@pytest.fixture(params=[pytest.param("cpu", marks=with_cpu_kernels), "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = get_backend()
-    set_backend(request.param)
-    yield request.param
-    set_backend(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def eager(

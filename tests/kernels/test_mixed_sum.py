@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +11,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from dssp_kernels import get_backend, mixed_sum, set_backend
-from dssp_kernels.backend import WHY_NO_CPU_KERNELS
+from dssp_kernels import mixed_sum
+from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.mixtures import Mixture, assert_as_exact_as_eager, mixture, oracle, run
 
 SLACK = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-14}
@@ -25,16 +23,6 @@ LAYOUTS = {
     "sliced": lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]],
     "strided": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
 }
-
-with_cpu_kernels = pytest.mark.skipif(WHY_NO_CPU_KERNELS is not None, reason=f"C++ kernels: {WHY_NO_CPU_KERNELS}")
-
-
-@pytest.fixture(params=[pytest.param("cpu", marks=with_cpu_kernels), "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = get_backend()
-    set_backend(request.param)
-    yield request.param
-    set_backend(before)
 
 
 @pytest.mark.parametrize("dtype", list(SLACK), ids=lambda dtype: str(dtype).removeprefix("torch."))

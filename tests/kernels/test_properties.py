@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,24 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dssp_kernels import batch_norm_mixed_sum, get_backend, mixed_sum, set_backend
-from dssp_kernels.backend import WHY_NO_CPU_KERNELS
+from dssp_kernels import batch_norm_mixed_sum, mixed_sum
 from tests.kernels import mixtures
 from tests.kernels import test_batch_norm_mixed_sum as with_norms
 from tests.kernels.convolutions import LAYOUTS, SLACK
 from tests.kernels.mixtures import Mixture
 from tests.kernels.test_batch_norm_mixed_sum import Case
-
-with_cpu_kernels = pytest.mark.skipif(WHY_NO_CPU_KERNELS is not None, reason=f"C++ kernels: {WHY_NO_CPU_KERNELS}")
-
-
-@pytest.fixture(params=[pytest.param("cpu", marks=with_cpu_kernels), "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = get_backend()
-    set_backend(request.param)
-    yield request.param
-    set_backend(before)
-
 
 # ---- any arguments ---------------------------------------------------------------------------------------------------
 
