@@ -91,9 +91,9 @@ def _zeros(COUNT: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, ACC
 
 @triton.constexpr_function
 def _partner(a, s, count, of_a, of_b, of_s):
-    """The b < count with a * of_a + b * of_b = s * of_s, or -1: which tap or row meets row s, see _load_rows()."""
+    """The b with a * of_a + b * of_b = s * of_s, the tap or row that meets row s; -1 if none of 0 .. count does."""
     b, rest = divmod(s * of_s - a * of_a, of_b)
-    return b if rest == 0 and b < count else -1
+    return b if rest == 0 and 0 <= b < count else -1
 
 
 @triton.constexpr_function
@@ -136,7 +136,8 @@ def _add_column_of_taps(
     source,
     PHASES: tl.constexpr,
     PHASE: tl.constexpr,
-    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    KW: tl.constexpr,
     UP: tl.constexpr,
     STEP: tl.constexpr,
     DOWN: tl.constexpr,
@@ -146,12 +147,11 @@ def _add_column_of_taps(
     """sums[t * PHASES + PHASE] + the products of a column of taps with the rows of source that target row t meets."""
     ACC: tl.constexpr = sums[0].dtype
     TARGETS: tl.constexpr = len(sums) // PHASES
-    TAPS: tl.constexpr = KERNEL[0]
     BEGIN: tl.constexpr = min(0, (TAPS - 1) * STEP) // DOWN
     END: tl.constexpr = ((TARGETS - 1) * UP + max(0, (TAPS - 1) * STEP)) // DOWN + 1
     taps = ()
     for i in tl.static_range(TAPS):
-        taps = taps + (tl.load(weights + i * KERNEL[1], mask=exists, other=0.0).to(ACC)[None, :],)  # [1, CHANNELS]
+        taps = taps + (tl.load(weights + i * KW, mask=exists, other=0.0).to(ACC)[None, :],)  # [1, CHANNELS]
     for begin in tl.static_range(BEGIN, END, GROUP):
         tiles = _load_rows(source, TARGETS, TAPS, UP, STEP, DOWN, begin, min(begin + GROUP, END))
         _issue_loads()
@@ -190,9 +190,12 @@ def depthwise_conv2d_fwd_kernel(
     channels,
     padding_rows,
     padding_columns,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -207,16 +210,14 @@ def depthwise_conv2d_fwd_kernel(
     channel, row, block = _program(rows, channels, ROWS, CHANNELS)
     exists = channel < channels // ALIGN * ALIGN
     image, column, there = _lanes(block, units, columns, LANES)
-    weights = weight + channel * (KERNEL[0] * KERNEL[1])
-    first = row * STRIDE[0] - padding_rows
+    weights = weight + channel * (KH * KW)
+    first = row * SH - padding_rows
     sums = _zeros(ROWS, LANES, CHANNELS, ACC)
-    for j in range(KERNEL[1]):
-        place = column * STRIDE[1] - padding_columns + j * DILATION[1]
+    for j in range(KW):
+        place = column * SW - padding_columns + j * DW
         inside = _both(there & (place >= 0) & (place < width), exists)
         source = (_pixels(x, image, place, channel, x_strides), inside, first, height, x_strides[1])
-        sums = _add_column_of_taps(
-            sums, weights + j, exists, source, 1, 0, KERNEL, STRIDE[0], DILATION[0], 1, RELU, GROUP
-        )
+        sums = _add_column_of_taps(sums, weights + j, exists, source, 1, 0, KH, KW, SH, DH, 1, RELU, GROUP)
     pixels = _pixels(y, image, column, channel, y_strides)
     inside = _both(there, exists)
     for t in tl.static_range(ROWS):
@@ -255,9 +256,12 @@ def depthwise_conv2d_bwd_input_kernel(
     channels,
     padding_rows,
     padding_columns,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -272,21 +276,21 @@ def depthwise_conv2d_bwd_input_kernel(
     count n likewise. Grid as in the forward kernel.
     """
     ACC: tl.constexpr = tl.float64 if d_x.dtype.element_ty == tl.float64 else tl.float32
-    PHASES: tl.constexpr = STRIDE[1]
-    TARGETS: tl.constexpr = ROWS * STRIDE[0]
+    PHASES: tl.constexpr = SW
+    TARGETS: tl.constexpr = ROWS * SH
     d_x_strides = _aligned(d_x_image, d_x_row, d_x_column, d_x_channel, ALIGN)
     grad_strides = _aligned(grad_image, grad_row, grad_column, grad_channel, ALIGN)
     x_strides = _aligned(x_image, x_row, x_column, x_channel, ALIGN)
     channel, row, block = _program(rows, channels, ROWS, CHANNELS)
     exists = channel < channels // ALIGN * ALIGN
     image, column, there = _lanes(block, units, columns, LANES)
-    row += padding_rows // STRIDE[0]
+    row += padding_rows // SH
     column += padding_columns // PHASES
-    weights = weight + channel * (KERNEL[0] * KERNEL[1])
+    weights = weight + channel * (KH * KW)
     sums = _zeros(TARGETS * PHASES, LANES, CHANNELS, ACC)
     for tap in tl.static_range(PHASES):
-        for j in range(tap, KERNEL[1], PHASES):
-            place = column - j * DILATION[1] // PHASES
+        for j in range(tap, KW, PHASES):
+            place = column - j * DW // PHASES
             inside = _both(there & (place >= 0) & (place < out_width), exists)
             source = (_pixels(grad, image, place, channel, grad_strides), inside, row, out_height, grad_strides[1])
             sums = _add_column_of_taps(
@@ -295,15 +299,16 @@ def depthwise_conv2d_bwd_input_kernel(
                 exists,
                 source,
                 PHASES,
-                tap * DILATION[1] % PHASES,
-                KERNEL,
+                tap * DW % PHASES,
+                KH,
+                KW,
                 1,
-                -DILATION[0],
-                STRIDE[0],
+                -DH,
+                SH,
                 False,
                 GROUP,
             )
-    row = row * STRIDE[0] - padding_rows
+    row = row * SH - padding_rows
     for phase in tl.static_range(PHASES):
         place = column * PHASES + phase - padding_columns
         inside = _both(there & (place >= 0) & (place < width), exists)
@@ -377,9 +382,12 @@ def depthwise_conv2d_bwd_weight_kernel(
     padding_columns,
     tiles,
     share,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -394,31 +402,31 @@ def depthwise_conv2d_bwd_weight_kernel(
     channels, splits), groups first: what reads the same part of grad and x runs together and shares the cache.
     """
     ACC: tl.constexpr = partials.dtype.element_ty
-    GROUPS: tl.constexpr = (KERNEL[1] + TAPS - 1) // TAPS
+    GROUPS: tl.constexpr = (KW + TAPS - 1) // TAPS
     grad_strides = _aligned(grad_image, grad_row, grad_column, grad_channel, ALIGN)
     x_strides = _aligned(x_image, x_row, x_column, x_channel, ALIGN)
     first_tap = tl.program_id(0) % GROUPS * TAPS
     channel = tl.program_id(0) // GROUPS * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < channels // ALIGN * ALIGN
-    sums = _zeros(TAPS * KERNEL[0], LANES, CHANNELS, ACC)
+    sums = _zeros(TAPS * KH, LANES, CHANNELS, ACC)
     begin = tl.program_id(1) * share
     for tile in range(begin, tl.minimum(begin + share, tiles)):
         row = tile % (rows // ROWS) * ROWS
         image, column, there = _lanes(tile // (rows // ROWS), units, columns, LANES)
         source = (_pixels(grad, image, column, channel, grad_strides), _both(there, exists), row, rows, grad_strides[1])
         grads = _load_rows(source, ROWS, 1, 1, 1, 1, 0, ROWS)
-        first = row * STRIDE[0] - padding_rows
+        first = row * SH - padding_rows
         for j in tl.static_range(TAPS):
-            place = column * STRIDE[1] - padding_columns + (first_tap + j) * DILATION[1]
+            place = column * SW - padding_columns + (first_tap + j) * DW
             inside = _both(there & (place >= 0) & (place < width), exists)
             source = (_pixels(x, image, place, channel, x_strides), inside, first, height, x_strides[1])
-            sums = _add_products(sums, grads, source, j * KERNEL[0], KERNEL[0], STRIDE[0], DILATION[0], RELU, GROUP)
-    target = partials + tl.program_id(1).to(tl.int64) * (KERNEL[0] * KERNEL[1]) * channels + channel
+            sums = _add_products(sums, grads, source, j * KH, KH, SH, DH, RELU, GROUP)
+    target = partials + tl.program_id(1).to(tl.int64) * (KH * KW) * channels + channel
     for j in tl.static_range(TAPS):
-        wanted = tl.where(first_tap + j < KERNEL[1], exists, False)
-        for i in tl.static_range(KERNEL[0]):
-            tap = i * KERNEL[1] + first_tap + j
-            tl.store(target + tap * channels, tl.sum(sums[j * KERNEL[0] + i], axis=0), mask=wanted)  # [CHANNELS]
+        wanted = tl.where(first_tap + j < KW, exists, False)
+        for i in tl.static_range(KH):
+            tap = i * KW + first_tap + j
+            tl.store(target + tap * channels, tl.sum(sums[j * KH + i], axis=0), mask=wanted)  # [CHANNELS]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -473,13 +481,35 @@ def _strides(name: str, tensor: Tensor) -> dict[str, int]:
     return {f"{name}_image": image, f"{name}_row": row, f"{name}_column": column, f"{name}_channel": channel}
 
 
+def _arguments(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], relu: bool
+) -> dict[str, Any]:
+    """What all kernels but the finishing one take."""
+    return {
+        "height": x.shape[2],
+        "width": x.shape[3],
+        "channels": x.shape[1],
+        "padding_rows": padding[0],
+        "padding_columns": padding[1],
+        "KH": weight.shape[2],
+        "KW": weight.shape[3],
+        "SH": stride[0],
+        "SW": stride[1],
+        "DH": dilation[0],
+        "DW": dilation[1],
+        "RELU": relu,
+        "GROUP": GROUP,
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": True,  # Triton's default is about to change
+    }
+
+
 def depthwise_conv2d_forward(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], relu: bool
 ) -> Tensor:
     """The registered operator on CUDA. Relies on op.py for the checks; x of any strides."""
-    batch, channels, height, width = x.shape
-    kernel = tuple(weight.shape[2:])
-    rows, columns = (output_size(x.shape[2 + d], kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1))
+    batch, channels, *size = x.shape
+    rows, columns = (output_size(size[d], weight.shape[2 + d], stride[d], padding[d], dilation[d]) for d in (0, 1))
     y = torch.empty((batch, channels, rows, columns), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     if batch == 0:
         return y
@@ -495,20 +525,9 @@ def depthwise_conv2d_forward(
             units=batch * columns,
             rows=rows,
             columns=columns,
-            height=height,
-            width=width,
-            channels=channels,
-            padding_rows=padding[0],
-            padding_columns=padding[1],
-            KERNEL=kernel,
-            STRIDE=tuple(stride),
-            DILATION=tuple(dilation),
-            RELU=relu,
             ROWS=ROWS,
-            GROUP=GROUP,
+            **_arguments(x, weight, stride, padding, dilation, relu),
             **tile,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,  # Triton's default is about to change
         )
     return y
 
@@ -527,33 +546,26 @@ def depthwise_conv2d_backward(
     """The registered operator on CUDA: gradients of x and weight, empty if not asked for."""
     if layout_of(grad) is not layout_of(x):
         grad = grad.contiguous(memory_format=layout_of(x))
-    constants: dict[str, Any] = {
-        "KERNEL": tuple(weight.shape[2:]),
-        "STRIDE": tuple(stride),
-        "DILATION": tuple(dilation),
-        "RELU": relu,
-        "GROUP": GROUP,
-    }
+    arguments = _arguments(x, weight, stride, padding, dilation, relu)
     d_x, d_weight = x.new_empty(0), x.new_empty(0)
     with torch.cuda.device_of(x):
         if needs_input_grad:
-            d_x = _input_gradient(grad, x, weight.contiguous(), padding, constants)
+            d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+            _write_input_gradient(d_x, grad, x, weight.contiguous(), arguments)
         if needs_weight_grad:
-            d_weight = _weight_gradient(grad, x, weight, padding, constants)
+            d_weight = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+            _write_weight_gradient(d_weight, grad, x, arguments)
     return d_x, d_weight
 
 
-def _input_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int], constants: dict[str, Any]
-) -> Tensor:
+def _write_input_gradient(d_x: Tensor, grad: Tensor, x: Tensor, weight: Tensor, arguments: dict[str, Any]) -> None:
     batch, channels, height, width = x.shape
-    stride = constants["STRIDE"]
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     if batch == 0:
-        return d_x
-    rows, columns = (_cdiv(x.shape[2 + d] + padding[d] % stride[d], stride[d]) for d in (0, 1))
+        return
+    rows = _cdiv(height + arguments["padding_rows"] % arguments["SH"], arguments["SH"])
+    columns = _cdiv(width + arguments["padding_columns"] % arguments["SW"], arguments["SW"])
     tile = _tile(x, grad, batch * columns, 2)
-    share = max(1, ROWS // stride[0])
+    share = max(1, ROWS // arguments["SH"])
     blocks = _cdiv(batch * columns, tile["LANES"]) * _cdiv(rows, share) * _cdiv(channels, tile["CHANNELS"])
     depthwise_conv2d_bwd_input_kernel[(blocks,)](
         d_x,
@@ -566,40 +578,29 @@ def _input_gradient(
         units=batch * columns,
         rows=rows,
         columns=columns,
-        height=height,
-        width=width,
         out_height=grad.shape[2],
         out_width=grad.shape[3],
-        channels=channels,
-        padding_rows=padding[0],
-        padding_columns=padding[1],
         ROWS=share,
-        **constants,
+        **arguments,
         **tile,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=True,
     )
-    return d_x
 
 
-def _weight_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int], constants: dict[str, Any]
-) -> Tensor:
-    batch, channels, height, width = x.shape
-    rows, columns = grad.shape[2:]
-    kernel = constants["KERNEL"]
-    d_weight = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+def _write_weight_gradient(d_weight: Tensor, grad: Tensor, x: Tensor, arguments: dict[str, Any]) -> None:
+    batch, channels, rows, columns = grad.shape
     if batch == 0:
-        return d_weight.zero_()
+        d_weight.zero_()
+        return
+    kh, kw = d_weight.shape[2:]
     tile = _tile(x, grad, batch * columns, 1)
-    row_share = math.gcd(rows, WEIGHT_ROWS)  # a row that does not exist must not be multiplied, x may be infinite
-    tiles = _cdiv(batch * columns, tile["LANES"]) * (rows // row_share)
-    groups = _cdiv(kernel[1], max(1, WEIGHT_TAPS // kernel[0]))
+    rows_each = math.gcd(rows, WEIGHT_ROWS)  # a row beyond the last must not take part: zero times infinity is NaN
+    tiles = _cdiv(batch * columns, tile["LANES"]) * (rows // rows_each)
+    groups = _cdiv(kw, max(1, WEIGHT_TAPS // kh))
     blocks = groups * _cdiv(channels, tile["CHANNELS"])
     share = _cdiv(tiles, max(1, PROGRAMS // blocks))
     splits = _cdiv(tiles, share)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    partials = torch.empty((splits, *kernel, channels), dtype=dtype, device=x.device)
+    partials = torch.empty((splits, kh, kw, channels), dtype=dtype, device=x.device)
     depthwise_conv2d_bwd_weight_kernel[(blocks, splits)](
         partials,
         grad,
@@ -609,29 +610,21 @@ def _weight_gradient(
         units=batch * columns,
         rows=rows,
         columns=columns,
-        height=height,
-        width=width,
-        channels=channels,
-        padding_rows=padding[0],
-        padding_columns=padding[1],
         tiles=tiles,
         share=share,
-        ROWS=row_share,
-        TAPS=_cdiv(kernel[1], groups),
-        **constants,
+        ROWS=rows_each,
+        TAPS=_cdiv(kw, groups),
+        **arguments,
         **tile,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=True,
     )
     depthwise_conv2d_bwd_weight_finish_kernel[(_cdiv(d_weight.numel(), FINISH_COLUMNS),)](
         d_weight,
         partials,
         splits,
         channels,
-        TAPS=kernel[0] * kernel[1],
+        TAPS=kh * kw,
         ROWS=FINISH_ROWS,
         COLUMNS=FINISH_COLUMNS,
         num_warps=FINISH_WARPS,
         enable_fp_fusion=True,
     )
-    return d_weight
