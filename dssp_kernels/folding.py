@@ -62,10 +62,10 @@ def parts_of(candidate: nn.Module | None) -> Parts | str:
         return ""
     if type(norm) is not nn.BatchNorm2d:
         return f"its norm is a {type(norm).__name__}" if isinstance(norm, _BatchNorm) else ""
-    if _is_watched(norm):
+    if is_watched(norm):
         return "its norm has hooks"
     for module in opened:
-        if _is_watched(module):
+        if is_watched(module):
             return "it has hooks"
     if _has_any_global_hook():
         return "there are hooks on all modules"
@@ -127,7 +127,7 @@ def _steps(modules: Sequence[nn.Module]) -> list[Step]:
     for module in modules:
         if type(module) is nn.Conv2d and _is_depthwise(module):
             before = steps[-1] if steps else None
-            relu = before if type(before) is nn.ReLU and not before.inplace and not _is_watched(before) else None
+            relu = before if type(before) is nn.ReLU and not before.inplace and not is_watched(before) else None
             if relu is not None:
                 steps.pop()
             steps.append(functools.partial(_depthwise, relu, module))
@@ -142,7 +142,7 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
         and conv._parameters["bias"] is None
         and conv.padding_mode == "zeros"
         and isinstance(conv.padding, tuple)
-        and not _is_watched(conv)
+        and not is_watched(conv)
     )
 
 
@@ -171,7 +171,8 @@ def _defined_together(cls: type) -> bool:
     )
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody would notice that the module was not called: it has hooks, or a forward() of its own."""
     state = module.__dict__  # asked several times per candidate and step: a third of the time that attributes take
     return bool(
         state["_forward_hooks"]

@@ -105,7 +105,7 @@ class FusedMixedEdge(nn.Module):
         )
         self.mask = nn.Parameter(torch.ones(1)) if mask is None else None if mask is False else mask
         self._pruned = self._removed = False
-        self._dataless: list[nn.Module | None] = []  # of a pruned edge: copies of its candidates that hold no memory
+        self._dataless: list[nn.Module | None] = []  # copies of the candidates that hold no memory, once pruned
         self._output_shapes: dict[torch.Size, torch.Size] = {}
 
     @property
@@ -122,7 +122,7 @@ class FusedMixedEdge(nn.Module):
         """Open a pruned edge again. Raises RuntimeError after remove()."""
         if self._removed:
             raise RuntimeError("restore: the edge was removed for good, its candidates no longer exist")
-        self._pruned, self._dataless = False, []
+        self._pruned = False  # the copies stay: whoever measures an edge closes and opens it again and again
 
     def remove(self) -> None:
         """Prune for good: the candidates and their memory are given up."""

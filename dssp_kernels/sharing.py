@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dssp_kernels.folding import Parts, _is_watched, parts_of
+from dssp_kernels.folding import Parts, is_watched, parts_of
 
 _POOL_SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
 }
 
@@ -40,7 +40,7 @@ class SharedOutputs:
             pool, norm = (parts.body[0] if len(parts.body) == 1 else None), parts.norm
         else:
             pool, norm = candidate, None
-        if not isinstance(pool, nn.Module) or type(pool) not in _POOL_SETTINGS or _is_watched(pool):
+        if not isinstance(pool, nn.Module) or type(pool) not in _POOL_SETTINGS or is_watched(pool):
             return None
         if norm is not None and norm.training and norm.weight is None and norm.momentum is not None:
             return self._normalised(pool, norm, x), None
