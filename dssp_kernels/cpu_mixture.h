@@ -13,6 +13,8 @@ namespace dssp {
 using Entries = std::vector<std::optional<Tensor>>;
 using Flags = std::vector<bool>;
 
+constexpr int64_t kStreams = 8;  // inputs that a forward pass reads at once: prefetchers do not follow many more
+
 // ---- the small side: alpha, mask, active ---------------------------------------------------------------------------
 
 // Elements lie one after the other, or a stride apart in a vector.

@@ -26,12 +26,15 @@ def run_candidates(
     x: Tensor,
     training: bool,
     shared: SharedOutputs | None = None,
+    runs: Sequence[bool] | None = None,
 ) -> Candidates:
     """What the candidates make of x, and the norms left to the mix; see FusedMixedEdge.candidate_outputs()."""
     folds = implementation_for(x.device) != "reference"
     outputs: list[Tensor | None] = []
     norms: list[nn.BatchNorm2d | None] = []
-    for op, is_shared in zip(ops, norm_is_shared, strict=True):
+    for k, (op, is_shared) in enumerate(zip(ops, norm_is_shared, strict=True)):
+        if runs is not None and not runs[k]:
+            op = None
         found = None if shared is None or is_shared else shared.of(op, x)
         parts = parts_of(op) if folds and not is_shared and found is None else ""
         if found is not None:
@@ -130,15 +133,33 @@ class FusedMixedEdge(nn.Module):
         self._removed = True
         self._ops._modules.clear()
 
-    def candidate_outputs(self, x: Tensor, training: bool, shared: SharedOutputs | None = None) -> Candidates:
+    def remove_candidate(self, position: int) -> None:
+        """Give up one candidate and its memory: from now on it is the zero op. Its alpha stays where it is.
+
+        Raises ValueError if it is gone already or the last one.
+        """
+        left = [k for k, op in enumerate(self._ops) if op is not None]
+        if position not in left or len(left) == 1:
+            raise ValueError(f"position: expected one of the candidates {left}, and not the last one, got {position}")
+        self._ops[position] = None  # type: ignore[assignment]  # as in __init__
+        if self._dataless:
+            self._dataless[position] = None
+
+    def candidate_outputs(
+        self,
+        x: Tensor,
+        training: bool,
+        shared: SharedOutputs | None = None,
+        runs: Sequence[bool] | None = None,
+    ) -> Candidates:
         """What the candidates make of x, and the norms left to the mix: K entries each, all None when pruned.
 
         Norms in another mode than the one given are applied at once (frozen ones, say), and all where no kernel would.
-        Pools that `shared` holds already are not run again.
+        Pools that `shared` holds already are not run again. Candidates that are False in `runs` [K] do not run.
         """
         if self._pruned:
             return [None] * self.candidates, [None] * self.candidates
-        return run_candidates(self._ops, self._norm_is_shared, x, training, shared)
+        return run_candidates(self._ops, self._norm_is_shared, x, training, shared, runs)
 
     def forward(self, x: Tensor, alpha: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Mix the candidates' outputs; alpha [K] and mask [1] default to the edge's own."""
@@ -213,18 +234,21 @@ class FusedMixedNode(nn.Module):
         alpha: Tensor | None = None,
         mask: Tensor | None = None,
         shared: SharedOutputs | None = None,
+        runs: Sequence[Sequence[bool]] | None = None,
     ) -> Tensor:
         """Sum over the edges; ``states[e]`` enters edge e. alpha [E, K] and mask [E] default to the edges' own.
 
         Nodes that are given one `shared` in the same forward pass run a pool once per state, not once per edge.
+        Candidates that are False in `runs` [E, K] do not run: they are zero ops in this pass.
         """
         if len(states) != len(self.edges):
             raise ValueError(f"states: expected one tensor per edge ({len(self.edges)}), got {len(states)}")
         training = self.edges[0].training  # of the edges: the node itself may be a mere grouping of them
         outputs: list[Tensor | None] = []
         norms: list[nn.BatchNorm2d | None] = []
-        for edge, state in zip(self.edges, states, strict=True):
-            edge_outputs, edge_norms = edge.candidate_outputs(state, training, shared)  # type: ignore[operator]  # Module
+        for e, (edge, state) in enumerate(zip(self.edges, states, strict=True)):
+            chosen = None if runs is None else runs[e]
+            edge_outputs, edge_norms = edge.candidate_outputs(state, training, shared, chosen)  # type: ignore[operator]
             outputs += edge_outputs
             norms += edge_norms
         if all(output is None for output in outputs):

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <numeric>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #ifdef __SSE2__
@@ -262,43 +263,61 @@ struct Term {
   const Sum<Scalar>*mean, *scale;  // tables
 };
 
-// out = constant + sum_k scale_k * (input_k - mean_k)
-template <typename Scalar>
-DSSP_INLINE void add_terms(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant, const Walk& walk,
-                           int64_t first, int64_t last, Scalar* out) {
+// y = constant + sum_k scale_k * (input_k - mean_k) on a piece; kAdd: the sum is added to y instead
+template <bool kAdd, typename Scalar>
+DSSP_INLINE void add_terms_to_piece(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant,
+                                    const Piece& piece, int64_t period, Scalar* y) {
   using L = Lanes<Scalar>;
   using T = Lanes<Sum<Scalar>>;
   using Vector = typename L::Vector;
-  const int64_t period = walk.period;
+  for_vectors<L::width>(
+      piece.count, period,
+      [&](int64_t i, int64_t j) DSSP_INLINE_LAMBDA {
+        Vector a, b, c, d;
+        if constexpr (kAdd) {
+          a = L::load(y + i), b = L::load(y + i + period);
+          c = L::load(y + i + 2 * period), d = L::load(y + i + 3 * period);
+        } else {
+          a = b = c = d = T::load(constant + piece.table + j);
+        }
+        for (int64_t k = 0; k < count; ++k) {
+          const Vector mean = T::load(terms[k].mean + piece.table + j);
+          const Vector scale = T::load(terms[k].scale + piece.table + j);
+          const Scalar* x = terms[k].input + piece.begin + i;
+          a += scale * (L::load(x) - mean);
+          b += scale * (L::load(x + period) - mean);
+          c += scale * (L::load(x + 2 * period) - mean);
+          d += scale * (L::load(x + 3 * period) - mean);
+        }
+        L::store(y + i, a);
+        L::store(y + i + period, b);
+        L::store(y + i + 2 * period, c);
+        L::store(y + i + 3 * period, d);
+      },
+      [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
+        Vector a = kAdd ? load_some(y + i, rest) : T::load(constant + piece.table + j);
+        for (int64_t k = 0; k < count; ++k) {
+          const Vector x = load_some(terms[k].input + piece.begin + i, rest);
+          a += T::load(terms[k].scale + piece.table + j) * (x - T::load(terms[k].mean + piece.table + j));
+        }
+        store_some(y + i, a, rest);
+      });
+}
+
+// out = constant + sum_k scale_k * (input_k - mean_k), kStreams inputs at a time on a piece that stays in the cache.
+// Where sums are wider than what is stored, all inputs at once: a sum must not be rounded in between.
+template <typename Scalar>
+DSSP_INLINE void add_terms(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant, const Walk& walk,
+                           int64_t first, int64_t last, Scalar* out) {
+  const int64_t groups = std::is_same_v<Scalar, Sum<Scalar>> ? (count + kStreams - 1) / kStreams : 1;
+  const int64_t size = groups > 1 ? (count + groups - 1) / groups : count;
   for (int64_t p = first; p < last; ++p) {
     const Piece piece = walk.piece(p);
     Scalar* y = out + piece.begin;
-    for_vectors<L::width>(
-        piece.count, period,
-        [&](int64_t i, int64_t j) DSSP_INLINE_LAMBDA {
-          Vector a = T::load(constant + piece.table + j), b = a, c = a, d = a;
-          for (int64_t k = 0; k < count; ++k) {
-            const Vector mean = T::load(terms[k].mean + piece.table + j);
-            const Vector scale = T::load(terms[k].scale + piece.table + j);
-            const Scalar* x = terms[k].input + piece.begin + i;
-            a += scale * (L::load(x) - mean);
-            b += scale * (L::load(x + period) - mean);
-            c += scale * (L::load(x + 2 * period) - mean);
-            d += scale * (L::load(x + 3 * period) - mean);
-          }
-          L::store(y + i, a);
-          L::store(y + i + period, b);
-          L::store(y + i + 2 * period, c);
-          L::store(y + i + 3 * period, d);
-        },
-        [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
-          Vector a = T::load(constant + piece.table + j);
-          for (int64_t k = 0; k < count; ++k) {
-            const Vector x = load_some(terms[k].input + piece.begin + i, rest);
-            a += T::load(terms[k].scale + piece.table + j) * (x - T::load(terms[k].mean + piece.table + j));
-          }
-          store_some(y + i, a, rest);
-        });
+    add_terms_to_piece<false>(terms, size, constant, piece, walk.period, y);
+    for (int64_t k = size; k < count; k += size) {
+      add_terms_to_piece<true>(terms + k, std::min(size, count - k), constant, piece, walk.period, y);
+    }
   }
 }
 

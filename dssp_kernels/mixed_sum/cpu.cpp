@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../cpu_mixture.h"
@@ -21,8 +22,8 @@ constexpr int64_t kGrain = 32 * 1024;  // element visits below which a second th
 
 // ---- the large side: entries ---------------------------------------------------------------------------------------
 
-// out[i] = sum_k coefficients[k] * inputs[k][i]  for begin <= i < end
-template <typename Scalar>
+// out[i] = sum_k coefficients[k] * inputs[k][i]  for begin <= i < end; kAdd: added to what is there
+template <bool kAdd, typename Scalar>
 DSSP_INLINE void weighted_sum(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count, Scalar* out,
                               int64_t begin, int64_t end) {
   using L = Lanes<Scalar>;
@@ -31,6 +32,9 @@ DSSP_INLINE void weighted_sum(const Scalar* const* inputs, const Sum<Scalar>* co
   int64_t i = begin;
   for (; i + 4 * w <= end; i += 4 * w) {  // four sums in flight hide the latency of the multiply-add
     Vector a = {}, b = {}, c = {}, d = {};
+    if constexpr (kAdd) {
+      a = L::load(out + i), b = L::load(out + i + w), c = L::load(out + i + 2 * w), d = L::load(out + i + 3 * w);
+    }
     for (int64_t k = 0; k < count; ++k) {
       const Scalar* input = inputs[k] + i;
       const Sum<Scalar> coefficient = coefficients[k];
@@ -47,8 +51,26 @@ DSSP_INLINE void weighted_sum(const Scalar* const* inputs, const Sum<Scalar>* co
   for (; i < end; i += w) {
     const int64_t rest = std::min(w, end - i);
     Vector a = {};
+    if constexpr (kAdd) a = load_first(out + i, rest);
     for (int64_t k = 0; k < count; ++k) a += coefficients[k] * load_first(inputs[k] + i, rest);
     store_first(out + i, a, rest);
+  }
+}
+
+// The same for any number of inputs: a block at a time, which stays in the first-level cache, kStreams inputs at a time.
+// Where sums are wider than what is stored, all inputs at once: a sum must not be rounded in between.
+template <typename Scalar>
+DSSP_INLINE void weighted_sum_in_groups(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count,
+                                        Scalar* out, int64_t begin, int64_t end) {
+  const int64_t groups = std::is_same_v<Scalar, Sum<Scalar>> ? (count + kStreams - 1) / kStreams : 1;
+  if (groups <= 1) return weighted_sum<false>(inputs, coefficients, count, out, begin, end);
+  const int64_t size = (count + groups - 1) / groups;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t last = std::min(end, first + kBlock);
+    weighted_sum<false>(inputs, coefficients, size, out, first, last);
+    for (int64_t k = size; k < count; k += size) {
+      weighted_sum<true>(inputs + k, coefficients + k, std::min(size, count - k), out, first, last);
+    }
   }
 }
 
@@ -97,7 +119,7 @@ DSSP_INLINE double dot_and_scale(const Scalar* grad, const Scalar* input, Sum<Sc
 #define DSSP_MIXED_SUM_LOOPS(Scalar)                                                                                 \
   DSSP_CLONES void weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count,    \
                                      Scalar* out, int64_t begin, int64_t end) {                                      \
-    weighted_sum<Scalar>(inputs, coefficients, count, out, begin, end);                                              \
+    weighted_sum_in_groups<Scalar>(inputs, coefficients, count, out, begin, end);                                            \
   }                                                                                                                  \
   DSSP_CLONES void scale_loop(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count) {         \
     scale<Scalar>(grad, coefficient, d_input, count);                                                                \
