@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from dssp.bilevel import BilevelSearch
 from dssp.config import SearchConfig
 from dssp.data import load_data
 from dssp.engine import Engine
-from dssp.pruning import GateTable, measured_effects
+from dssp.held_out import edge_effects, held_out_losses
+from dssp.pruning import GateTable
 from dssp.search import build_supernet
 
 
 def signal(seed: int, **settings: Any) -> dict[str, Any]:
     """One search on the digits; shift, spread and correlations over its edges."""
-    config = SearchConfig(seed=seed, prune_strategy="none", **settings).resolve()
+    config = SearchConfig(seed=seed, method="dssp-paper", prune_strategy="none", **settings).resolve()
     torch.set_num_threads(config.threads or torch.get_num_threads())
     device = torch.device("cpu")
     data = load_data("digits", data_path=None, image_size=None, seed=seed, device=device, workers=1)
@@ -38,8 +40,13 @@ def signal(seed: int, **settings: Any) -> dict[str, Any]:
 
     table = GateTable.of(supernet)
     images, labels = next(data.test.batches(len(data.test), epoch=0, seed=seed, train=False))
-    truth = measured_effects(supernet, table.names, images, labels)
-    held_out = measured_effects(supernet, table.names, *search.held_out)
+    truth, held_out = (
+        [
+            float(e.mean())
+            for e in edge_effects(supernet, table.names, partial(held_out_losses, supernet, supernet, *part))
+        ]
+        for part in ((images, labels), search.held_out)
+    )
     gates = torch.tensor(table.gates)
     start = torch.sigmoid(torch.tensor(1.0))
     return {

@@ -199,7 +199,7 @@ def bilevel_steps(
     for name, net in nets.items():
         if isinstance(net, Supernet):
             search = BilevelSearch(config, net, data)
-            steps[name] = {"step": partial(search.step, (train, valid), 0)}
+            steps[name] = {"step": partial(search.step, (train, valid, {}), 0)}
         else:
             layout = torch.contiguous_format if name == "stock" else torch.channels_last
             batches = [(images.clone(memory_format=layout), labels) for images, labels in (train, valid)]

@@ -1,4 +1,4 @@
-"""The architecture step: alpha and masks learn on validation images (DARTS, first order) under the pruning penalty."""
+"""The architecture step: alpha and masks learn on validation images (DARTS, first order) under the method's penalty."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dssp.methods.base import Method, Noise
 from dssp.optimization import logits_of
 from dssp.supernet import Supernet
 
 
 class Architect:
-    """Minimises L_valid(alpha, m) + lambda * sum_e sigmoid(m_e) by Adam, the weights held fixed.
+    """Minimises L_valid(alpha, m) + method.penalty() by Adam, the weights held fixed.
 
-    First-order hypergradient of DARTS (Liu et al. 2019, section 2.3, xi = 0); betas (0.5, 0.999) as there. The sum runs
-    over the edges that are left, of all cell types; it is over gates in (0, 1), never over raw logits.
+    First-order hypergradient of DARTS (Liu et al. 2019, section 2.3, xi = 0); betas (0.5, 0.999) as there.
     """
 
     def __init__(
         self,
         supernet: Supernet,
+        method: Method,
         *,
         alpha_lr: float,
         alpha_weight_decay: float,
         mask_lr: float,
-        lambda_prune: float,
         precision: str,
     ) -> None:
-        self.supernet, self.lambda_prune, self.precision = supernet, lambda_prune, precision
+        self.supernet, self.method, self.precision = supernet, method, precision
         groups: list[dict[str, Any]] = [
             {"params": list(supernet.alpha.values()), "lr": alpha_lr, "weight_decay": alpha_weight_decay}
         ]
@@ -38,13 +38,12 @@ class Architect:
         capturable = supernet.classifier.weight.is_cuda  # its step count on the device, where a CUDA graph can count
         self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), foreach=True, capturable=capturable)
 
-    def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, noise: Noise) -> dict[str, Tensor]:
         """One update of alpha and masks; detached scalars valid_loss, valid_accuracy, prune_loss."""
-        logits = logits_of(self.supernet, images, self.precision)
-        loss = F.cross_entropy(logits, labels)
-        prune_loss = self.supernet.gate_sum()
+        logits = logits_of(lambda images: self.supernet(images, self.method.mixtures(noise)), images, self.precision)
+        loss, prune_loss = F.cross_entropy(logits, labels), self.supernet.gate_sum().detach()
         self.optimizer.zero_grad()
-        (loss + self.lambda_prune * prune_loss).backward()
+        (loss + self.method.penalty()).backward()
         self.optimizer.step()
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        return {"valid_loss": loss.detach(), "valid_accuracy": accuracy, "prune_loss": prune_loss.detach()}
+        return {"valid_loss": loss.detach(), "valid_accuracy": accuracy, "prune_loss": prune_loss}

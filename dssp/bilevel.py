@@ -1,4 +1,4 @@
-"""The search itself: architecture step and weight step in turn, pruning between epochs."""
+"""The search itself: architecture step and weight step in turn, removals between epochs, all as the method says."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dssp.architect import Architect
 from dssp.benchmark import Benchmark
 from dssp.capture import CapturedStep
-from dssp.config import ConfigError, SearchConfig
-from dssp.data import DataSet
-from dssp.derivation import derive
+from dssp.config import SearchConfig
+from dssp.data import DataSet, generator_of
 from dssp.genotype import AnyGenotype
-from dssp.optimization import cosine, set_learning_rate, sgd, weight_step
-from dssp.pruning import GateTable, Pruner, PruningRules, batch_statistics, measured_effects
+from dssp.held_out import held_out_logits, held_out_losses
+from dssp.methods import METHODS
+from dssp.methods.base import Noise
+from dssp.optimization import set_learning_rate, sgd, weight_step
+from dssp.pruning import GateTable
+from dssp.relaxation import softmax_over
 from dssp.supernet import Supernet
 
-HELD_OUT = 256  # images of the validation half on which candidates for removal are measured
-
 Batch = tuple[Tensor, Tensor]
+Step = tuple[Batch, Batch | None, Noise]
+"""A batch of the training half, one of the validation half unless only weights are trained, and what chance decides."""
 
 
 @contextmanager
@@ -39,10 +41,10 @@ def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 class BilevelSearch:
-    """DARTS' bilevel optimisation (Liu et al. 2019, algorithm 1, first order) of weights, alpha and masks; prunes.
+    """DARTS' bilevel optimisation (Liu et al. 2019, algorithm 1) of weights and architecture, by one of METHODS.
 
-    Every step updates alpha and masks on a batch of the validation half, then weights on a batch of the training half.
-    The first ``warmup_epochs`` train weights only. A ``benchmark`` is asked after every epoch what the derived cell is
+    Every step updates alpha and masks on a batch of the validation half, then weights on a batch of the training half;
+    in phases other than "search", weights only. A ``benchmark`` is asked after every epoch what the derived cell is
     worth; the answer goes into the epoch's row and nowhere else. A task of engine.Engine.
     """
 
@@ -53,40 +55,25 @@ class BilevelSearch:
     ) -> None:
         self.config, self.supernet, self.data, self.benchmark = config, supernet, data, benchmark
         self.epochs = config.epochs
+        self.method = METHODS[config.method](config, supernet, self._held_out_losses)
         self.architect = Architect(
             supernet,
+            self.method,
             alpha_lr=config.alpha_lr,
             alpha_weight_decay=config.alpha_weight_decay,
             mask_lr=config.mask_lr,
-            lambda_prune=config.lambda_prune,
             precision=config.precision,
         )
         self.weights = supernet.weights()
         self.optimizer = sgd(
             self.weights, lr=config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        self.captured = CapturedStep(self._bilevel_step, enabled=not config.no_cuda_graphs)
-        rules = PruningRules(
-            strategy=config.prune_strategy,
-            threshold=config.prune_threshold,
-            min_edges=config.min_edges,
-            edge_budget=config.edge_budget,
-            warmup_epochs=config.warmup_epochs,
-            epochs=config.epochs,
-            every=config.prune_every,
-        )
-        if config.prune_strategy != "none" and config.epochs > config.warmup_epochs and not rules.points():
-            raise ConfigError("prune_every", f"no pruning point in {config.epochs} epochs, got {config.prune_every}")
-        self.held_out = data.valid.sample(HELD_OUT, seed=config.seed)
-        self.pruner = Pruner(supernet, rules, lambda edges: measured_effects(supernet, edges, *self.held_out))
-
-    def is_warming_up(self, epoch: int) -> bool:
-        """True while only weights are trained."""
-        return epoch < self.config.warmup_epochs
+        self.captured = CapturedStep(self._captured_step, enabled=not config.no_cuda_graphs)
+        self.held_out = data.valid.sample(config.held_out, seed=config.seed)
 
     def derived(self) -> AnyGenotype:
         """What the search would end in if it ended now."""
-        return derive(self.supernet, max_edges_per_node=self.config.max_edges_per_node)
+        return self.method.derived()
 
     def tabulated(self) -> dict[str, float] | None:
         """The benchmark's accuracies of the derived cell, None without a benchmark."""
@@ -98,35 +85,48 @@ class BilevelSearch:
         """Steps per epoch: both halves are passed through once."""
         return max(1, min(len(self.data.train), len(self.data.valid)) // self.config.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Batch, Batch | None]]:
-        """(training batch, validation batch); no validation batch during warm-up."""
+    def batches(self, epoch: int) -> Iterator[Step]:
+        """What the steps of an epoch need; the method makes itself ready for the epoch."""
         config = self.config
         self.captured.reset()  # the learning rate changes, and edges may have gone
-        set_learning_rate(
-            self.optimizer, cosine(epoch, config.epochs, start=config.weight_lr, end=config.weight_lr_min)
-        )
-        train = self.data.train.batches(config.batch_size, epoch=epoch, seed=config.seed, train=True)
-        if self.is_warming_up(epoch):
-            return ((batch, None) for batch in train)
-        valid = self.data.valid.batches(config.batch_size, epoch=epoch, seed=config.seed, train=True)
-        return zip(train, valid, strict=False)  # the halves may differ by one batch
+        self.method.start_epoch(epoch)
+        set_learning_rate(self.optimizer, self.method.learning_rate(epoch))
+        return self._batches(epoch, config.batch_size, config.seed)
 
-    def step(self, batch: tuple[Batch, Batch | None], epoch: int) -> dict[str, Tensor]:
-        """One bilevel step; on a GPU, replayed from a CUDA graph."""
-        train, valid = batch
-        return self.captured(*train, *(valid or ()))
+    def _batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Step]:
+        chance = generator_of(seed, epoch, "noise")
+        train = self.data.train.batches(batch_size, epoch=epoch, seed=seed, train=True)
+        if self.method.phase(epoch) != "search" or self.method.joint:
+            for batch in train:
+                yield batch, None, self.method.noise(chance, epoch)
+            return
+        valid = self.data.valid.batches(batch_size, epoch=epoch, seed=seed, train=True)
+        for batch, other in zip(train, valid, strict=False):  # the halves may differ by one batch
+            yield batch, other, self.method.noise(chance, epoch)
+
+    def step(self, batch: Step, epoch: int) -> dict[str, Tensor]:
+        """One step of the epoch's phase; on a GPU, replayed from a CUDA graph where the method allows."""
+        train, valid, noise = batch
+        learns_both = self.method.joint and self.method.phase(epoch) == "search"
+        if self.method.on_host:
+            return self._step(train, valid, noise, learns_both)
+        self._noise_names, self._learns_both = list(noise), learns_both
+        device = self.held_out[0].device
+        drawn = [value.to(device, non_blocking=True) for value in noise.values()]
+        return self.captured(*train, *drawn, *(valid or ()))
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
-        """Record the gates, prune, look up what is left."""
-        row: dict[str, Any] = {"phase": "warm-up" if self.is_warming_up(epoch) else "search"}
-        if self.is_warming_up(epoch):
+        """Record gates and alpha, let the method remove what it wants, look up what is left."""
+        phase = self.method.phase(epoch)
+        row: dict[str, Any] = {"phase": phase}
+        if phase != "search" or self.method.joint:
             row |= self._held_out_metrics()
         row |= self._architecture()
         row["active_edges"] = len(self.supernet.live_edges())
         row["total_edges"] = sum(1 for _ in self.supernet.edges())
         row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        row["pruned"] = self.pruner.end_epoch(epoch, step=(epoch + 1) * self.steps())
-        if row["pruned"]:
+        row |= {"pruned": [], "dropped": []} | self.method.end_epoch(epoch, step=(epoch + 1) * self.steps())
+        if row["pruned"] or row["dropped"]:
             self._forget_removed_weights()
         if (tabulated := self.tabulated()) is not None:
             row["tabulated"] = tabulated
@@ -134,14 +134,14 @@ class BilevelSearch:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "pruner": self.pruner.state_dict(),
+            "method": self.method.state_dict(),
             "supernet": self.supernet.state_dict(),
             "weight_optimizer": self.optimizer.state_dict(),
             "architecture_optimizer": self.architect.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pruner.load_state_dict(state["pruner"])
+        self.method.load_state_dict(state["method"])
         self._forget_removed_weights()
         self.supernet.load_state_dict(state["supernet"])
         self.optimizer.load_state_dict(state["weight_optimizer"])
@@ -149,21 +149,32 @@ class BilevelSearch:
 
     # ---- its parts -------------------------------------------------------------------------------------------------
 
-    def _bilevel_step(self, images: Tensor, labels: Tensor, *valid: Tensor) -> dict[str, Tensor]:
+    def _captured_step(self, images: Tensor, labels: Tensor, *rest: Tensor) -> dict[str, Tensor]:
+        """The step as a function of tensors only: training batch, noise, validation batch."""
+        count = len(self._noise_names)
+        noise, valid = dict(zip(self._noise_names, rest[:count], strict=True)), rest[count:]
+        return self._step((images, labels), (valid[0], valid[1]) if valid else None, noise, self._learns_both)
+
+    def _step(self, train: Batch, valid: Batch | None, noise: Noise, learns_both: bool) -> dict[str, Tensor]:
         """Each half freezes the other's parameters, so nothing is computed that nobody uses."""
-        values = {}
-        if valid:
+        config, values = self.config, {}
+        if valid is not None:
             with frozen(self.weights):
-                values = self.architect.step(*valid)
-        with frozen(self.supernet.architecture_parameters()):
+                values = self.architect.step(*valid, noise)
+        architecture = [] if learns_both else self.supernet.architecture_parameters()
+        with frozen(architecture):
+            if learns_both:
+                self.architect.optimizer.zero_grad()
             values |= weight_step(
-                self.supernet,
+                lambda images: self.supernet(images, self.method.mixtures(noise)),
                 self.optimizer,
-                images,
-                labels,
-                grad_clip=self.config.grad_clip,
-                precision=self.config.precision,
+                *train,
+                grad_clip=config.grad_clip,
+                precision=config.precision,
+                penalty=self.method.penalty if learns_both else None,
             )
+            if learns_both:
+                self.architect.optimizer.step()
         return values
 
     def _forget_removed_weights(self) -> None:
@@ -174,23 +185,30 @@ class BilevelSearch:
         for weight in [weight for weight in self.optimizer.state if id(weight) not in live]:
             del self.optimizer.state[weight]
 
-    @torch.no_grad()
+    def _logits(self, images: Tensor) -> Tensor:
+        return self.supernet(images, self.method.mixtures({}))
+
+    def _held_out_losses(self) -> Tensor:
+        return held_out_losses(self.supernet, self._logits, *self.held_out)
+
     def _held_out_metrics(self) -> dict[str, float]:
         """Validation figures of an epoch that took no architecture step."""
         images, labels = self.held_out
-        with batch_statistics(self.supernet):
-            logits = self.supernet(images)
+        logits = held_out_logits(self.supernet, self._logits, images)
         return {
             "valid_loss": float(F.cross_entropy(logits, labels)),
             "valid_accuracy": float((logits.argmax(1) == labels).float().mean()),
-            "prune_loss": float(self.supernet.gate_sum()),
+            "prune_loss": float(self.supernet.gate_sum().detach()),
         }
 
     def _architecture(self) -> dict[str, Any]:
         """Gates, normalised gates (None where an edge is gone) and softmax weights, by cell type."""
         supernet = self.supernet
+        weights = {
+            type: softmax_over(supernet.alpha[type].detach(), supernet.offered(type)) for type in supernet.cell_types
+        }
         row: dict[str, Any] = {
-            "alpha": {type: supernet.alpha[type].detach().softmax(-1).tolist() for type in supernet.cell_types},
+            "alpha": {type: value.tolist() for type, value in weights.items()},
             "gates": None,
             "normalised_gates": None,
         }

@@ -23,6 +23,10 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "warmup_epochs": (2, 15),
         "prune_strategy": ("measured", "measured"),
         "edge_budget": (0.4, 0.5),
+        "path_epochs": (6, 25),
+        "scored_paths": (128, 256),
+        "held_out": (256, 1024),
+        "tie_break": ("loss", "loss"),
         "retrain_epochs": (40, 0),
         "retrain_batch_size": (64, 96),
         "retrain_channels": (16, 36),
@@ -47,6 +51,9 @@ SPACE_PRESETS: dict[str, dict[str, dict[str, tuple[Any, Any]]]] = {
             "max_edges_per_node": (3, 3),
             "channels": (8, 16),
             "cells": (2, 5),
+            "warmup_epochs": (2, 4),
+            "edge_budget": (1.0, 1.0),
+            "tie_break": ("capacity", "capacity"),
             "retrain_channels": (16, 16),
             "retrain_cells": (2, 5),
         },
@@ -64,6 +71,7 @@ GROUPS = {
     "run": "where and how it runs",
 }
 
+PRUNING_METHODS = ("dssp", "dssp-paper")  # those with a mask per edge
 RESIZED = ("imagefolder", "fake")  # the data sets whose images have no size of their own
 NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
@@ -163,10 +171,17 @@ class SearchConfig(_Config):
 
     space: Literal["darts", "nasbench201"] = option("darts", "search space", "model")
     nodes: int = option(None, "nodes per cell beside its inputs", "model", low=1)
-    method: Literal["dssp", "darts"] = option(
+    method: Literal["dssp", "dssp-paper", "darts"] = option(
         "dssp",
-        "dssp learns a mask per edge and prunes; darts keeps every edge, with 'none' among the candidates",
+        "dssp: a mask per edge, edges and candidates leave by measured effect, then hard paths train; dssp-paper: "
+        "masks under a penalty, edges leave, nothing else; darts: first order, 'none' among the candidates",
         "search",
+    )
+    train_images: int | None = option(
+        None,
+        "how many of the training images the search learns from, both halves together; default: all",
+        "data",
+        low=4,
     )
     epochs: int = option(None, "passes over the training half, warm-up included", "search", low=1)
     no_cuda_graphs: bool = option(False, "launch every step from Python (on a GPU, steps are captured)", "run")
@@ -194,6 +209,26 @@ class SearchConfig(_Config):
     edge_budget: float = option(
         None, "share of the edges still active at the end (strategies measured and budget)", "pruning", low=0, high=1
     )
+    candidates_kept: int = option(
+        2, "candidates that every edge keeps for the last phase (method dssp)", "pruning", low=1
+    )
+    path_epochs: int = option(
+        None,
+        "last epochs that train hard paths, one candidate per edge, before these are compared (method dssp); the "
+        "preset scales with --epochs; 0: derive by alpha and gates",
+        "search",
+        low=0,
+    )
+    scored_paths: int = option(
+        None, "paths compared at the end: all, if there are not more (method dssp)", "search", low=1
+    )
+    held_out: int = option(None, "validation images on which removals are measured and paths compared", "search", low=2)
+    tie_break: Literal["loss", "capacity"] = option(
+        None,
+        "which of the paths that tie on the held-out images is derived: the one of the lowest loss, or that with the "
+        "most parameters (a prior that holds on NAS-Bench-201)",
+        "search",
+    )
     min_edges: int = option(1, "incoming edges that every node keeps", "pruning", low=1)
     max_edges_per_node: int = option(None, "incoming edges per node of the derived cell", "pruning", low=1)
     retrain_epochs: int = option(None, "passes over all training images; 0 = no retraining", "retraining", low=0)
@@ -211,16 +246,28 @@ class SearchConfig(_Config):
             )
         if self.space == "nasbench201" and self.nodes not in (None, 3):
             raise ConfigError("nodes", f"space nasbench201 has 3 beside its input, got {self.nodes}")
-        if self.method == "darts" and self.prune_strategy not in (None, "none"):
-            raise ConfigError("prune_strategy", f"method darts prunes nothing, got {self.prune_strategy}")
+        if self.method not in PRUNING_METHODS and self.prune_strategy not in (None, "none"):
+            raise ConfigError("prune_strategy", f"method {self.method} prunes nothing, got {self.prune_strategy}")
+        if None not in (self.epochs, self.warmup_epochs, self.path_epochs):
+            left = self.epochs - self.warmup_epochs
+            if self.path_epochs > left:
+                raise ConfigError(
+                    "path_epochs", f"expected at most the {left} epochs after warm-up, got {self.path_epochs}"
+                )
 
     def _presets(self) -> dict[str, Any]:
-        """The presets of the data set; the warm-up keeps its share of the epochs, and darts prunes nothing."""
+        """The presets of the data set; phases keep their share of the epochs, what a method does not do is off."""
         presets = super()._presets()
-        if self.epochs is not None:
-            presets["warmup_epochs"] = presets["warmup_epochs"] * self.epochs // presets["epochs"]
-        if self.method == "darts":
+        if self.method not in PRUNING_METHODS:
             presets["prune_strategy"] = "none"
+            presets["warmup_epochs"] = 0
+        if self.method != "dssp":
+            presets["path_epochs"] = 0
+        epochs = presets["epochs"] if self.epochs is None else self.epochs
+        for field, other in (("warmup_epochs", "path_epochs"), ("path_epochs", "warmup_epochs")):
+            scaled = round(presets[field] * epochs / presets["epochs"])
+            taken = presets[other] if getattr(self, other) is None else getattr(self, other)
+            presets[field] = max(min(scaled, epochs - taken - 1), 0)  # one epoch at least to search in
         return presets
 
 

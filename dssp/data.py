@@ -123,7 +123,7 @@ class Split:
             for pixels, targets in zip(self.store.fetch(self.indices, batch_size), labels, strict=True):
                 yield self._normalised(pixels), targets
             return
-        generator = _generator(seed, epoch, self.name)
+        generator = generator_of(seed, epoch, self.name)
         used = len(self) - len(self) % batch_size or len(self)
         order = self.indices[torch.randperm(len(self), generator=generator)[:used]]
         shifts = torch.randint(-self.padding, self.padding + 1, (used, 2), generator=generator)
@@ -136,7 +136,7 @@ class Split:
 
     def sample(self, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
         """``count`` images as they are (or all, if there are fewer) and their labels, drawn at random by seed."""
-        drawn = torch.randperm(len(self), generator=_generator(seed, "sample", self.name))[:count]
+        drawn = torch.randperm(len(self), generator=generator_of(seed, "sample", self.name))[:count]
         return next(replace(self, indices=self.indices[drawn]).batches(count, epoch=0, seed=seed, train=False))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
@@ -159,6 +159,15 @@ class DataSet:
     valid: Split
     train_valid: Split
     test: Split
+
+    def limited(self, count: int, *, seed: int) -> DataSet:
+        """The same with ``count`` images in `train` and `valid` together, drawn at random by seed. All, if fewer."""
+        halves = {}
+        for name, size in (("train", count - count // 2), ("valid", count // 2)):
+            half: Split = getattr(self, name)
+            drawn = torch.randperm(len(half), generator=generator_of(seed, "limited", name))[:size]
+            halves[name] = replace(half, indices=half.indices[drawn].sort().values)
+        return replace(self, **halves)
 
 
 def load_data(
@@ -216,7 +225,7 @@ def _load_digits(seed: int, device: torch.device) -> DataSet:
 
 def _load_fake(size: int, seed: int, device: torch.device) -> DataSet:
     """Noise over a coarse pattern of 4x4 patches that the class decides."""
-    images, classes, generator = 1024, 10, _generator("fake images")
+    images, classes, generator = 1024, 10, generator_of("fake images")
     labels = torch.arange(images) % classes
     patterns = torch.randint(0, 128, (classes, 4, 4, 3), generator=generator, dtype=torch.uint8)
     patch = torch.arange(size) * 4 // size
@@ -305,7 +314,7 @@ def _assemble(
     """Halve `pool` into train and valid, by seed and stratified, and normalise by its statistics."""
     if len(pool) < 2 or len(test) < 1:
         raise DataUnavailable(f"{name}: {len(pool)} training and {len(test)} test images, at least 2 and 1 needed")
-    order = pool[_stratified(labels[pool], _generator(seed, "halves"))]
+    order = pool[_stratified(labels[pool], generator_of(seed, "halves"))]
     parts = {"train": order[0::2], "valid": order[1::2], "train_valid": pool, "test": test}
     mean, std = statistics or _statistics(store, pool)
     mean, std, labels = mean.to(device), std.to(device), labels.to(device)
@@ -317,7 +326,7 @@ def _assemble(
     return DataSet(name, classes, (channels, height, width), **splits)
 
 
-def _generator(*key: int | str) -> torch.Generator:
+def generator_of(*key: int | str) -> torch.Generator:
     """A CPU generator that depends on every part of `key`: (1, 2) and (2, 1) are unrelated."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
@@ -331,7 +340,7 @@ def _stratified(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 def _held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     """(training images, test images): the same fifth of each class whatever the seed."""
-    order = _stratified(labels, _generator("test split"))
+    order = _stratified(labels, generator_of("test split"))
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     is_test[order[::TEST_SHARE]] = True
     return torch.nonzero(~is_test).flatten(), torch.nonzero(is_test).flatten()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def logits_of(model: nn.Module, images: Tensor, precision: str) -> Tensor:
+def logits_of(model: Callable[[Tensor], Tensor], images: Tensor, precision: str) -> Tensor:
     """model(images) or, with precision "bfloat16", the same under autocast and back in float32."""
     if precision != "bfloat16":
         return model(images)
@@ -35,19 +35,23 @@ def logits_of(model: nn.Module, images: Tensor, precision: str) -> Tensor:
 
 
 def weight_step(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
     *,
     grad_clip: float,
     precision: str,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """One step on the cross-entropy; detached scalars train_loss, train_accuracy. A grad_clip of 0 clips nothing."""
+    """One step on the cross-entropy; detached scalars train_loss, train_accuracy. A grad_clip of 0 clips nothing.
+
+    A `penalty` is added to the loss: what parameters that are not this optimizer's learn from beside the cross-entropy.
+    """
     logits = logits_of(model, images, precision)
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
-    loss.backward()
+    (loss if penalty is None else loss + penalty()).backward()
     if grad_clip > 0:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         nn.utils.clip_grad_norm_(weights, grad_clip, foreach=True)

@@ -14,24 +14,21 @@ picks which edges to look at; the loss increase on fixed held-out images when an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
+from dssp.held_out import Losses, edge_effects
 from dssp.supernet import Supernet
 
 STRATEGIES = ("measured", "budget", "relative", "absolute", "none")
-SCHEDULED_SHARE = 0.75  # of the epochs after warm-up: the rest trains what is left
 
 
 @dataclass(frozen=True)
 class PruningRules:
-    """When and how much to prune.
+    """When and how much to prune: after every `every`-th epoch from the warm-up's last on, up to `last_epoch`.
 
     Strategies:
         absolute: every edge with sigmoid(m) < threshold, as the paper writes it.
@@ -46,15 +43,14 @@ class PruningRules:
     min_edges: int
     edge_budget: float
     warmup_epochs: int
-    epochs: int
+    last_epoch: int
     every: int
 
     def points(self) -> list[int]:
         """The epochs at whose end edges may leave."""
         if self.strategy == "none":
             return []
-        last = self.warmup_epochs + math.ceil(SCHEDULED_SHARE * (self.epochs - self.warmup_epochs))
-        return list(range(self.warmup_epochs + self.every - 1, min(last, self.epochs), self.every))
+        return list(range(self.warmup_epochs + self.every - 1, self.last_epoch + 1, self.every))
 
     def target(self, epoch: int, edges: int) -> int:
         """How many of ``edges`` the schedule leaves after the pruning point at the end of ``epoch``."""
@@ -124,9 +120,6 @@ class GateTable:
         return GateTable(self.names, self.nodes, self.gates, live)
 
 
-Measure = Callable[[list[str]], list[float]]  # edges -> loss increase when each of them alone is masked
-
-
 class Pruner:
     """Removes edges from a supernet as the rules say and remembers what left when.
 
@@ -134,14 +127,14 @@ class Pruner:
     cell's inputs to its output always remains.
     """
 
-    def __init__(self, supernet: Supernet, rules: PruningRules, measure: Measure) -> None:
+    def __init__(self, supernet: Supernet, rules: PruningRules, losses: Losses) -> None:
         if rules.strategy not in STRATEGIES:
             raise ValueError(f"prune_strategy: expected one of {', '.join(STRATEGIES)}, got {rules.strategy!r}")
         if rules.min_edges < 1:
             raise ValueError(
                 f"min_edges: expected at least 1, or a node would lose its last path, got {rules.min_edges}"
             )
-        self.supernet, self.rules, self.measure = supernet, rules, measure
+        self.supernet, self.rules, self.losses = supernet, rules, losses
         self.history: list[dict[str, Any]] = []
 
     def end_epoch(self, epoch: int, step: int) -> list[str]:
@@ -164,8 +157,9 @@ class Pruner:
         count = sum(table.live) - rules.target(epoch, len(table.names))
         if rules.strategy == "measured" and count > 0:
             proposed = [table.names[i] for i in table.proposals(rules.min_edges, count)]
-            effects = dict(zip(proposed, self.measure(proposed), strict=True))
-            table.scores = [effects.get(name, math.inf) for name in table.names]
+            effects = edge_effects(self.supernet, proposed, self.losses)
+            mean_effect = dict(zip(proposed, (float(effect.mean()) for effect in effects), strict=True))
+            table.scores = [mean_effect.get(name, math.inf) for name in table.names]
         return self._take(table, lambda table, i: True, count)
 
     def _take(
@@ -191,31 +185,3 @@ class Pruner:
         self.history = list(state["history"])
         for event in self.history:
             self.supernet.remove_edge(event["edge"])
-
-
-@contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm uses the batch's own statistics and leaves the running ones alone."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
-@torch.no_grad()
-def measured_effects(supernet: Supernet, edges: Sequence[str], images: Tensor, labels: Tensor) -> list[float]:
-    """Loss increase on the given images when each edge alone is masked, everything else as it is (batch statistics)."""
-    with batch_statistics(supernet):
-        full = F.cross_entropy(supernet(images), labels)
-        losses = []
-        for edge in edges:
-            for mixed_edge in supernet.mixed_edges(edge):
-                mixed_edge.prune()
-            losses.append(F.cross_entropy(supernet(images), labels))
-            for mixed_edge in supernet.mixed_edges(edge):
-                mixed_edge.restore()
-    return [] if not losses else (torch.stack(losses) - full).tolist()

@@ -18,6 +18,7 @@ from dssp.data import DataSet, load_data
 from dssp.engine import Callback, Engine
 from dssp.files import write_json
 from dssp.genotype import save_genotype
+from dssp.methods import METHODS
 from dssp.report import write_report
 from dssp.retrain import retrain
 from dssp.run_folder import open_run_folder
@@ -29,7 +30,7 @@ from dssp.supernet import Supernet
 def search_space(config: SearchConfig) -> CellSpace:
     """The configured space. Masks say what `none` says, so a method that has them does not offer it as a candidate."""
     space = replace(get_space(config.space), nodes=config.nodes)
-    if config.method == "dssp":
+    if not METHODS[config.method].offers_none:
         space = replace(space, operations=tuple(name for name in space.operations if name != "none"))
     return space
 
@@ -43,7 +44,7 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
         cells=config.cells,
         classes=len(data.classes),
         image_channels=data.image_shape[0],
-        gated=config.method == "dssp",
+        gated=METHODS[config.method].gated,
     )
     return supernet.to(device).to(memory_format=torch.channels_last)
 
@@ -74,11 +75,12 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
         device=device,
         workers=config.workers,
     )
+    searched = data if config.train_images is None else data.limited(config.train_images, seed=config.seed)
     supernet = build_supernet(config, data, device)
     edges = {type: [f"{source}->{node}" for source, node in supernet.space.edges] for type in supernet.cell_types}
     details = {"edges": edges, "operations": list(supernet.space.operations)}
     folder = open_run_folder(config, config.method, details)
-    search = BilevelSearch(config, supernet, data, benchmark)
+    search = BilevelSearch(config, supernet, searched, benchmark)
     metrics = MetricsLog(folder / "metrics.jsonl")
     callbacks: list[Callback] = [
         Checkpointing(folder / "checkpoints", resume=config.resume),
@@ -107,7 +109,7 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
         "test_accuracy": result.test_accuracy,
         "parameters": result.parameters,
         "flops": result.flops,
-        "pruned": search.pruner.history,
+        "pruned": search.method.history,
         "step_seconds": step_seconds(metrics.rows),
         "tabulated": search.tabulated(),
     }

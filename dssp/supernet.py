@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dssp.network import CellNetwork
+from dssp.relaxation import Mixture, softmax_over
 from dssp.spaces import CellSpace
 from dssp.spaces.operations import build_candidate
 from dssp.spaces.skeleton import Cell, Edges
@@ -32,6 +33,7 @@ class SearchEdges(Edges):
                 ),
                 alpha=False,
                 mask=False,
+                relaxation="given",
             )
             for source, _ in space.edges
         )
@@ -45,13 +47,11 @@ class SearchEdges(Edges):
         """The mixed edge at a position in the space's order of edges."""
         return cast(FusedMixedEdge, self[position])
 
-    def forward(
-        self, inputs: Sequence[Tensor], alpha: tuple[Tensor, ...], mask: tuple[Tensor | None, ...]
-    ) -> list[Tensor]:
-        """alpha, mask: per node, [edges, candidates] and [edges]."""
+    def forward(self, inputs: Sequence[Tensor], mixtures: Sequence[Mixture]) -> list[Tensor]:
+        """mixtures: one per node, for its incoming edges."""
         states, shared = list(inputs), SharedOutputs()
-        for node, node_alpha, node_mask in zip(self._nodes, alpha, mask, strict=True):
-            states.append(node(states, node_alpha, node_mask, shared))
+        for node, mixture in zip(self._nodes, mixtures, strict=True):
+            states.append(node(states, mixture.weights, None, shared, mixture.runs))
         return states
 
 
@@ -62,7 +62,9 @@ class Supernet(CellNetwork):
     ``gated=False``, ``mask[type]`` [edges] (gate = sigmoid(mask), initialised to 1). Edges are named as
     ``normal:0->2``: cell type, source state, node. In the DARTS space the weights' names are those of model_search.py.
 
-    forward(images [B, image_channels, H, W]) -> logits [B, classes]. Raises ValueError if a size is below 1.
+    forward(images [B, image_channels, H, W], mixtures=None) -> logits [B, classes]. `mixtures` says per cell type how
+    the candidates are mixed; by default sigmoid(mask) * softmax(alpha), over the candidates that are left.
+    Raises ValueError if a size is below 1.
     """
 
     def __init__(
@@ -92,17 +94,18 @@ class Supernet(CellNetwork):
         self.mask = nn.ParameterDict({type: nn.Parameter(torch.ones(edges)) for type in self.cell_types if gated})
         for type in self.cell_types:  # on the device, so that the penalty needs no synchronisation
             self.register_buffer(f"active_{type}", torch.ones(edges, dtype=torch.bool), persistent=False)
+            self.register_buffer(f"offered_{type}", torch.ones(edges, candidates, dtype=torch.bool), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        sizes = list(self.space.node_states)  # node n has n incoming edges
-        architecture = {
-            type: (
-                self.alpha[type].split(sizes),
-                self.mask[type].split(sizes) if self.mask else (None,) * len(sizes),
-            )
-            for type in self.cell_types
-        }
-        return self.logits(images, architecture)
+    def forward(self, images: Tensor, mixtures: Mapping[str, Mixture] | None = None) -> Tensor:
+        if mixtures is None:
+            mixtures = {type: self.mixture(type) for type in self.cell_types}
+        sizes = self.space.node_states  # node n has n incoming edges
+        return self.logits(images, {type: (mixture.split(sizes),) for type, mixture in mixtures.items()})
+
+    def mixture(self, cell_type: str) -> Mixture:
+        """DARTS' mixture under the paper's gates: sigmoid(mask) * softmax(alpha), over the candidates that are left."""
+        weights = softmax_over(self.alpha[cell_type], self.offered(cell_type))
+        return Mixture(self.mask[cell_type].sigmoid().unsqueeze(1) * weights if self.mask else weights)
 
     @property
     def cell_types(self) -> tuple[str, ...]:
@@ -138,6 +141,10 @@ class Supernet(CellNetwork):
         """Which edges of a cell type are left: bool [edges]."""
         return self.get_buffer(f"active_{cell_type}")
 
+    def offered(self, cell_type: str) -> Tensor:
+        """Which candidates of each edge of a cell type are left: bool [edges, candidates]."""
+        return self.get_buffer(f"offered_{cell_type}")
+
     def live_edges(self) -> list[str]:
         """The names of the edges that are left."""
         flags = torch.cat([self.active(type) for type in self.cell_types]).tolist()
@@ -155,6 +162,19 @@ class Supernet(CellNetwork):
         for mixed_edge in self.mixed_edges(edge):
             mixed_edge.remove()
         self.active(cell_type)[position] = False
+
+    def remove_candidate(self, edge: str, operation: str) -> None:
+        """Remove a candidate for good from an edge, in all cells of its type; it takes no memory or time any more.
+
+        Raises ValueError if the edge has no such candidate, or no other one.
+        """
+        cell_type, position = self.locate(edge)
+        if operation not in self.space.operations:
+            raise ValueError(f"operation: expected one of {', '.join(self.space.operations)}, got {operation!r}")
+        k = self.space.operations.index(operation)
+        for mixed_edge in self.mixed_edges(edge):
+            mixed_edge.remove_candidate(k)
+        self.offered(cell_type)[position, k] = False
 
     def gates(self, cell_type: str) -> Tensor:
         """sigmoid(mask) [edges] of a cell type, detached; ones if the supernet has no masks."""

@@ -38,8 +38,8 @@ def test_weight_step_leaves_alpha_and_masks_alone() -> None:
     search = small_search()
     architecture, weights = search.supernet.architecture_parameters(), search.supernet.weights()
     before = copies(architecture), copies(weights)
-    train, _ = next(search.batches(1))
-    values = search.step((train, None), epoch=1)
+    train, _, _ = next(search.batches(1))
+    values = search.step((train, None, {}), epoch=1)
     assert all(unchanged(architecture, before[0])) and not any(unchanged(weights, before[1]))
     assert values.keys() == {"train_loss", "train_accuracy"}
     assert all(parameter.grad is None for parameter in architecture)
@@ -66,10 +66,10 @@ def test_each_half_computes_gradients_for_its_own_parameters_only() -> None:
 
 def test_architecture_step_comes_first_and_sees_the_validation_half() -> None:
     search, twin = small_search(), small_search()
-    train, valid = next(search.batches(1))
+    train, valid, noise = next(search.batches(1))
     assert valid is not None
-    values = search.step((train, valid), epoch=1)
-    expected = twin.architect.step(*valid)
+    values = search.step((train, valid, noise), epoch=1)
+    expected = twin.architect.step(*valid, noise)
     assert all(torch.equal(values[name], value) for name, value in expected.items())
     images = {tuple(image.flatten().tolist()) for image in train[0]} & {tuple(i.flatten().tolist()) for i in valid[0]}
     assert not images
@@ -167,7 +167,7 @@ def test_measurements_see_all_classes_of_a_folder_that_is_sorted_by_class(tmp_pa
         for i in range(images):
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
     data = load_data("imagefolder", data_path=tmp_path, image_size=8)
-    config = SearchConfig(dataset="imagefolder", data_path=str(tmp_path), channels=2, nodes=1, cells=3).resolve()
+    config = SearchConfig(dataset="imagefolder", data_path=str(tmp_path), channels=2, nodes=1, held_out=256).resolve()
     _, labels = BilevelSearch(config, build_supernet(config, data, torch.device("cpu")), data).held_out
     assert len(labels) == 256 and labels.unique().tolist() == [0, 1]
 

@@ -209,8 +209,8 @@ def test_removed_edge_is_derived_as_none_and_the_others_by_alpha() -> None:
 
 def test_pruning_keeps_an_edge_into_every_node_of_the_one_cell_type() -> None:
     supernet = random_supernet()
-    rules = PruningRules("budget", threshold=0, min_edges=1, edge_budget=0, warmup_epochs=0, epochs=2, every=1)
-    pruner = Pruner(supernet, rules, lambda edges: [])
+    rules = PruningRules("budget", threshold=0, min_edges=1, edge_budget=0, warmup_epochs=0, last_epoch=1, every=1)
+    pruner = Pruner(supernet, rules, lambda: torch.zeros(1))
     for epoch in range(2):
         pruner.end_epoch(epoch, step=epoch)
     assert [edge.split(">")[1] for edge in supernet.live_edges()] == ["1", "2", "3"]

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.nn import functional as F
 
-from dssp.pruning import (
-    STRATEGIES,
-    GateTable,
-    Pruner,
-    PruningRules,
-    batch_statistics,
-    measured_effects,
-    normalised_gates,
-)
+from dssp.held_out import Losses
+from dssp.pruning import STRATEGIES, GateTable, Pruner, PruningRules, normalised_gates
 from dssp.supernet import Supernet
 from tests.search.small import set_gates, small_supernet
 
@@ -28,18 +20,30 @@ GATE = st.floats(0.001, 0.999)
 
 def rules(strategy: str, **settings: Any) -> PruningRules:
     """One pruning point per epoch from the first on, down to half of the edges, unless told otherwise."""
-    defaults = {"threshold": 0.5, "min_edges": 1, "edge_budget": 0.5, "warmup_epochs": 0, "epochs": 4, "every": 1}
+    defaults = {"threshold": 0.5, "min_edges": 1, "edge_budget": 0.5, "warmup_epochs": 0, "last_epoch": 2, "every": 1}
     return PruningRules(strategy=strategy, **{**defaults, **settings})
 
 
-def no_measure(edges: list[str]) -> list[float]:
+def no_measure() -> torch.Tensor:
     raise AssertionError("only the strategy `measured` measures")
 
 
-def prune(supernet: Supernet, rules: PruningRules, measure: Any = no_measure) -> Pruner:
+def losses_by(supernet: Supernet, cost: Mapping[str, float], asked: list[str] | None = None) -> Losses:
+    """Held-out losses to which every masked edge adds its cost; `asked` collects the edges masked to find out."""
+
+    def losses() -> torch.Tensor:
+        masked = [edge for edge in supernet.live_edges() if supernet.mixed_edges(edge)[0].is_pruned]
+        if asked is not None:
+            asked.extend(masked)
+        return torch.tensor([sum(cost[edge] for edge in masked)])
+
+    return losses
+
+
+def prune(supernet: Supernet, rules: PruningRules, losses: Losses = no_measure) -> Pruner:
     """All pruning points of a search."""
-    pruner = Pruner(supernet, rules, measure)
-    for epoch in range(rules.epochs):
+    pruner = Pruner(supernet, rules, losses)
+    for epoch in range(rules.last_epoch + 3):
         pruner.end_epoch(epoch, step=10 * (epoch + 1))
     return pruner
 
@@ -124,8 +128,8 @@ def test_gates_that_sink_together_fool_the_absolute_threshold_and_not_the_relati
     absolute, relative = small_supernet(), small_supernet()
     for supernet in (absolute, relative):
         set_gates(supernet, sunk)
-    prune(absolute, rules("absolute", epochs=1))
-    prune(relative, rules("relative", epochs=1))
+    prune(absolute, rules("absolute", last_epoch=0))
+    prune(relative, rules("relative", last_epoch=0))
     assert set(fan_in(absolute).values()) == {1}  # down to the minimum everywhere, in a single epoch
     assert len(relative.live_edges()) == 18
 
@@ -133,22 +137,18 @@ def test_gates_that_sink_together_fool_the_absolute_threshold_and_not_the_relati
 def test_budget_removes_the_lowest_normalised_gates() -> None:
     supernet = small_supernet(nodes=2)
     set_gates(supernet, [0.2, 0.2, 0.5, 0.9, 0.9, 0.9, 0.6, 0.9, 0.1, 0.9])
-    pruner = prune(supernet, rules("budget", edge_budget=0.8, epochs=1))
+    pruner = prune(supernet, rules("budget", edge_budget=0.8, last_epoch=0))
     assert [event["edge"] for event in pruner.history] == ["reduce:1->3", "normal:0->3"]
 
 
 def test_measured_removes_what_costs_least_of_what_the_gates_propose() -> None:
     supernet = small_supernet(nodes=2)
     set_gates(supernet, [0.9, 0.9, 0.1, 0.2, 0.9, 0.9, 0.9, 0.3, 0.4, 0.9])
-    asked: list[list[str]] = []
+    asked: list[str] = []
     cost = {"normal:0->3": 0.5, "normal:1->3": -0.1, "reduce:0->3": 0.3, "reduce:1->3": 0.1}
-
-    def measure(edges: list[str]) -> list[float]:
-        asked.append(edges)
-        return [cost[edge] for edge in edges]
-
-    pruner = prune(supernet, rules("measured", edge_budget=0.8, epochs=1), measure)
-    assert asked == [["normal:0->3", "normal:1->3", "reduce:0->3", "reduce:1->3"]]  # twice as many as leave
+    losses = losses_by(supernet, cost, asked)
+    pruner = prune(supernet, rules("measured", edge_budget=0.8, last_epoch=0), losses)
+    assert asked == ["normal:0->3", "normal:1->3", "reduce:0->3", "reduce:1->3"]  # twice as many as leave
     assert [event["edge"] for event in pruner.history] == ["normal:1->3", "reduce:1->3"]
 
 
@@ -166,7 +166,7 @@ def test_none_removes_nothing() -> None:
     threshold=st.floats(0, 2),
     edge_budget=st.floats(0, 1),
     warmup_epochs=st.integers(0, 3),
-    epochs=st.integers(1, 8),
+    last_epoch=st.integers(0, 7),
     every=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
@@ -178,7 +178,7 @@ def test_minimum_paths_and_budget_hold_whatever_the_gates_and_rules(
     cost = dict(zip(supernet.edges(), effects, strict=True))
     before = fan_in(supernet)
     these = rules(strategy, min_edges=min_edges, **settings)
-    pruner = prune(supernet, these, lambda edges: [cost[edge] for edge in edges])
+    pruner = prune(supernet, these, losses_by(supernet, cost))
 
     after = fan_in(supernet)
     assert all(after[node] >= min(min_edges, before[node]) for node in before)
@@ -194,21 +194,21 @@ def test_minimum_paths_and_budget_hold_whatever_the_gates_and_rules(
 # ---- schedule --------------------------------------------------------------------------------------------------------
 
 
-def test_points_follow_warm_up_and_leave_the_last_quarter_to_training() -> None:
-    assert rules("budget", warmup_epochs=2, epochs=10).points() == [2, 3, 4, 5, 6, 7]
-    assert rules("budget", warmup_epochs=2, epochs=10, every=3).points() == [4, 7]
-    assert rules("budget", epochs=1).points() == [0]
-    assert rules("budget", warmup_epochs=3, epochs=3).points() == []
+def test_points_lie_between_warm_up_and_the_last_pruning_epoch() -> None:
+    assert rules("budget", warmup_epochs=2, last_epoch=7).points() == [2, 3, 4, 5, 6, 7]
+    assert rules("budget", warmup_epochs=2, last_epoch=7, every=3).points() == [4, 7]
+    assert rules("budget", last_epoch=0).points() == [0]
+    assert rules("budget", warmup_epochs=3, last_epoch=2).points() == []
 
 
 def test_budget_is_spread_evenly_over_the_points() -> None:
-    these = rules("budget", warmup_epochs=1, epochs=5, edge_budget=0.5)
+    these = rules("budget", warmup_epochs=1, last_epoch=3, edge_budget=0.5)
     assert [these.target(epoch, 28) for epoch in range(5)] == [28, 23, 19, 14, 14]
 
 
 def test_between_the_points_nothing_leaves() -> None:
     supernet = small_supernet()
-    pruner = prune(supernet, rules("budget", warmup_epochs=1, epochs=9, every=2))
+    pruner = prune(supernet, rules("budget", warmup_epochs=1, last_epoch=6, every=2))
     assert {event["epoch"] for event in pruner.history} == {2, 4, 6}
 
 
@@ -236,55 +236,3 @@ def test_proposals_suffice_even_where_nodes_can_spare_little() -> None:
     proposed = table.proposals(min_edges=3, count=3)
     spared = {node: min(sum(table.nodes[i] == node for i in proposed), node[1] - 3) for node in set(table.nodes)}
     assert len(proposed) > 6 and sum(max(spare, 0) for spare in spared.values()) >= 3
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
-def measurable() -> tuple[Supernet, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    supernet = small_supernet(nodes=2, light=False)
-    nn.init.normal_(supernet.classifier.weight)
-    return supernet, torch.randn(16, 1, 8, 8), torch.arange(16) % 2
-
-
-def test_effect_is_the_loss_increase_when_the_edge_alone_is_masked() -> None:
-    supernet, images, labels = measurable()
-    edges = ["normal:0->2", "reduce:2->3"]
-    effects = measured_effects(supernet, edges, images, labels)
-    full = F.cross_entropy(supernet(images), labels)
-    for edge, effect in zip(edges, effects, strict=True):
-        cell_type, position = supernet.locate(edge)
-        with torch.no_grad():
-            kept = supernet.mask[cell_type][position].clone()
-            supernet.mask[cell_type][position] = -1e4
-            loss = F.cross_entropy(supernet(images), labels)
-            supernet.mask[cell_type][position] = kept
-        assert effect == pytest.approx((loss - full).item(), abs=1e-5) and effect != 0
-
-
-def test_measuring_changes_neither_weights_nor_statistics_nor_randomness() -> None:
-    supernet, images, labels = measurable()
-    before = {name: value.clone() for name, value in supernet.state_dict().items()}
-    randomness = torch.get_rng_state()
-    measured_effects(supernet, list(supernet.edges()), images, labels)
-    assert all(torch.equal(value, before[name]) for name, value in supernet.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), randomness)
-    assert len(supernet.live_edges()) == 10 and supernet.training
-    assert not any(mixed_edge.is_pruned for edge in supernet.edges() for mixed_edge in supernet.mixed_edges(edge))
-    assert all(parameter.grad is None for parameter in supernet.parameters())
-    supernet(images)
-    assert not torch.equal(supernet.stem[1].running_mean, before["stem.1.running_mean"])  # statistics run on again
-
-
-def test_measuring_no_edge_gives_no_effect() -> None:
-    supernet, images, labels = measurable()
-    assert measured_effects(supernet, [], images, labels) == []
-
-
-def test_statistics_run_on_when_a_measurement_fails() -> None:
-    norm = nn.BatchNorm2d(2)
-    with pytest.raises(RuntimeError, match="stop"), batch_statistics(norm):
-        assert not norm.track_running_stats
-        raise RuntimeError("stop")
-    assert norm.track_running_stats

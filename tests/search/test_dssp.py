@@ -1,0 +1,85 @@
+"""The method dssp: candidates leave, hard paths train, and the derived cell was compared with others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dssp.bilevel import BilevelSearch
+from dssp.methods.dssp import Dssp
+from tests.search.small import small_search
+
+SETTINGS = {"method": "dssp", "epochs": 6, "warmup_epochs": 1, "path_epochs": 3, "scored_paths": 12, "held_out": 8}
+
+
+def run(search: BilevelSearch, epochs: range) -> list[dict[str, Any]]:
+    rows = []
+    for epoch in epochs:
+        for batch in search.batches(epoch):
+            search.step(batch, epoch)
+        rows.append(search.end_epoch(epoch))
+    return rows
+
+
+def test_phases_follow_each_other_and_the_learning_rate_starts_again() -> None:
+    search = small_search(**SETTINGS, weight_lr=0.1, weight_lr_min=0.0)
+    rows = run(search, range(6))
+    assert [row["phase"] for row in rows] == ["warm-up", "search", "search", "paths", "paths", "paths"]
+    assert rows[3]["learning_rate"] == rows[0]["learning_rate"] == 0.1 > rows[2]["learning_rate"]
+    assert [bool(row["dropped"]) for row in rows] == [False, True, True, False, False, False]
+    assert rows[5]["active_edges"] <= 6 and not any(row["pruned"] for row in rows[3:])
+    assert 1 < rows[5]["scored_paths"] <= 12
+
+
+def test_hard_paths_train_weights_only_and_run_one_candidate_per_edge() -> None:
+    search = small_search(**SETTINGS)
+    run(search, range(3))
+    architecture = [parameter.detach().clone() for parameter in search.supernet.architecture_parameters()]
+    ran: list[str] = []
+    for edge in search.supernet.live_edges():
+        for k, candidate in enumerate(search.supernet.mixed_edges(edge)[0]._ops):
+            if candidate is not None:
+                candidate.register_forward_hook(lambda *_, name=f"{edge}/{k}": ran.append(name))
+    for batch in search.batches(3):
+        ran.clear()
+        assert batch[1] is None
+        search.step(batch, 3)
+        edges = [name.split("/")[0] for name in ran]
+        assert len(set(edges)) == len(edges) > 0
+    after = search.supernet.architecture_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(architecture, after, strict=True))
+
+
+def test_derived_cell_is_the_path_of_the_lowest_held_out_loss() -> None:
+    search = small_search(**{**SETTINGS, "scored_paths": 10_000, "nodes": 1})
+    run(search, range(6))
+    method = search.method
+    assert isinstance(method, Dssp) and method._paths is not None
+    losses = {path: float(method._path_losses(path).mean()) for path in method._paths}
+    assert search.derived() == method._paths.genotype(min(losses, key=losses.__getitem__))
+
+
+def test_resumed_search_continues_bit_for_bit_from_every_epoch() -> None:
+    settings = {**SETTINGS, "nodes": 1}
+    whole = small_search(**settings)
+    rows = run(whole, range(6))
+    for cut in (1, 2, 3, 5):  # before and after candidates leave, between hard paths, before these are compared
+        first = small_search(**settings)
+        run(first, range(cut))
+        second = small_search(**settings)
+        second.load_state_dict(first.state_dict())
+        assert run(second, range(cut, 6)) == rows[cut:]
+        assert second.derived() == whole.derived()
+        for name, value in whole.supernet.state_dict().items():
+            assert torch.equal(value, second.supernet.state_dict()[name]), (cut, name)
+    finished = small_search(**settings)
+    finished.load_state_dict(whole.state_dict())
+    assert finished.derived() == whole.derived()
+
+
+def test_without_hard_paths_alpha_and_gates_decide() -> None:
+    search = small_search(**{**SETTINGS, "path_epochs": 0})
+    rows = run(search, range(6))
+    assert {row["phase"] for row in rows} == {"warm-up", "search"} and "scored_paths" not in rows[-1]
+    assert search.derived() == search.method.derived()
