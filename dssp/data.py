@@ -162,12 +162,12 @@ class DataSet:
 
     def limited(self, count: int, *, seed: int) -> DataSet:
         """The same with ``count`` images in `train` and `valid` together, drawn at random by seed. All, if fewer."""
-        halves = {}
-        for name, size in (("train", count - count // 2), ("valid", count // 2)):
-            half: Split = getattr(self, name)
-            drawn = torch.randperm(len(half), generator=generator_of(seed, "limited", name))[:size]
-            halves[name] = replace(half, indices=half.indices[drawn].sort().values)
-        return replace(self, **halves)
+
+        def part(half: Split, size: int) -> Split:
+            drawn = torch.randperm(len(half), generator=generator_of(seed, "limited", half.name))[:size]
+            return replace(half, indices=half.indices[drawn].sort().values)
+
+        return replace(self, train=part(self.train, count - count // 2), valid=part(self.valid, count // 2))
 
 
 def load_data(
