@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dssp.optimization import logits_of
+from dssp.skipped_steps import reported, step_if_finite
 from dssp.supernet import Supernet
 
 
@@ -39,12 +40,14 @@ class Architect:
         self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), foreach=True, capturable=capturable)
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One update of alpha and masks; detached scalars valid_loss, valid_accuracy, prune_loss."""
+        """One update of alpha and masks; detached scalars valid_loss, valid_accuracy, prune_loss (NaN: skipped)."""
         logits = logits_of(self.supernet, images, self.precision)
         loss = F.cross_entropy(logits, labels)
         prune_loss = self.supernet.gate_sum()
         self.optimizer.zero_grad()
-        (loss + self.lambda_prune * prune_loss).backward()
-        self.optimizer.step()
+        objective = loss + self.lambda_prune * prune_loss
+        objective.backward()
+        gradients = [p.grad for p in self.supernet.architecture_parameters() if p.grad is not None]
+        taken = step_if_finite(self.optimizer, objective, nn.utils.get_total_norm(gradients, foreach=True))
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        return {"valid_loss": loss.detach(), "valid_accuracy": accuracy, "prune_loss": prune_loss.detach()}
+        return reported(taken, {"valid_loss": loss, "valid_accuracy": accuracy, "prune_loss": prune_loss})

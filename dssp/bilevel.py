@@ -19,6 +19,7 @@ from dssp.derivation import derive
 from dssp.genotype import AnyGenotype
 from dssp.optimization import cosine, set_learning_rate, sgd, weight_step
 from dssp.pruning import GateTable, Pruner, PruningRules, batch_statistics, measured_effects
+from dssp.skipped_steps import GuardedStep
 from dssp.supernet import Supernet
 
 HELD_OUT = 256  # images of the validation half on which candidates for removal are measured
@@ -65,7 +66,7 @@ class BilevelSearch:
         self.optimizer = sgd(
             self.weights, lr=config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        self.captured = CapturedStep(self._bilevel_step, enabled=not config.no_cuda_graphs)
+        self.captured = CapturedStep(GuardedStep(self._bilevel_step, supernet), enabled=not config.no_cuda_graphs)
         rules = PruningRules(
             strategy=config.prune_strategy,
             threshold=config.prune_threshold,
@@ -98,17 +99,17 @@ class BilevelSearch:
         """Steps per epoch: both halves are passed through once."""
         return max(1, min(len(self.data.train), len(self.data.valid)) // self.config.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Batch, Batch | None]]:
-        """(training batch, validation batch); no validation batch during warm-up."""
+    def batches(self, epoch: int, *, first: int = 0) -> Iterator[tuple[Batch, Batch | None]]:
+        """(training batch, validation batch); no validation batch during warm-up. From step ``first`` on."""
         config = self.config
         self.captured.reset()  # the learning rate changes, and edges may have gone
         set_learning_rate(
             self.optimizer, cosine(epoch, config.epochs, start=config.weight_lr, end=config.weight_lr_min)
         )
-        train = self.data.train.batches(config.batch_size, epoch=epoch, seed=config.seed, train=True)
+        train = self.data.train.batches(config.batch_size, epoch=epoch, seed=config.seed, train=True, first=first)
         if self.is_warming_up(epoch):
             return ((batch, None) for batch in train)
-        valid = self.data.valid.batches(config.batch_size, epoch=epoch, seed=config.seed, train=True)
+        valid = self.data.valid.batches(config.batch_size, epoch=epoch, seed=config.seed, train=True, first=first)
         return zip(train, valid, strict=False)  # the halves may differ by one batch
 
     def step(self, batch: tuple[Batch, Batch | None], epoch: int) -> dict[str, Tensor]:
