@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from rich.console import Console
 
-from dssp.config import ConfigError
+from dssp.config import ConfigError, RetrainConfig, SearchConfig
 from dssp.data import DataUnavailable
+from dssp.engine import Diverged, Interrupted
+from dssp.interruption import RESUME_ME, on_signals
+from dssp.memory import OutOfMemory, memory_named
 from dssp.run_folder import RunFolderError
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", SearchConfig, RetrainConfig)
 
 
 class DeviceUnavailable(Exception):
@@ -37,12 +40,25 @@ def choose_device(name: str, threads: int | None) -> torch.device:
 
 
 def run_command(run: Callable[[Config, Console], Any], config: Config) -> None:
-    """Run a command; a failure the user can mend ends the process with one line and status 1."""
+    """Run a command; a failure the user can mend ends the process with one line and status 1, a signal with 75."""
     try:
-        run(config, Console())
+        with on_signals(_interrupt), memory_named("start", config.batch_size):
+            run(config, Console())
     except (DataUnavailable, RunFolderError, DeviceUnavailable, GenotypeUnavailable) as error:
         sys.exit(str(error))
     except ConfigError as error:
         sys.exit(f"--{error.field.replace('_', '-')}: {error.reason}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; --resume continues after the last finished epoch")
+    except Diverged as error:
+        sys.exit(f"{error}; the last checkpoint is kept. Lower the learning rate or use --precision float32")
+    except OutOfMemory as error:
+        sys.exit(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{where}{error.strerror or error}; what was saved before is intact and --resume continues from it")
+    except Interrupted as error:
+        print(f"stopped by {error}; --resume continues where it stopped", file=sys.stderr)
+        sys.exit(RESUME_ME)
+
+
+def _interrupt(name: str) -> NoReturn:
+    raise Interrupted(name)

@@ -34,27 +34,30 @@ class KilledWhilePickled:
 
 
 def killed_while_writing(folder: Path) -> None:
-    save_checkpoint(folder, "search", 2, {**state(2), "last": KilledWhilePickled()})
+    save_checkpoint(folder, "search", 2, 0, {**state(2), "last": KilledWhilePickled()})
 
 
 def killed_before_moving(folder: Path) -> None:
     sys.addaudithook(lambda event, arguments: stop() if event == "os.rename" else None)
-    save_checkpoint(folder, "search", 2, state(2))
+    save_checkpoint(folder, "search", 2, 0, state(2))
 
 
 def killed_after_moving(folder: Path) -> None:
     sys.addaudithook(lambda event, arguments: stop() if event == "os.remove" else None)
-    save_checkpoint(folder, "search", 2, state(2))
+    save_checkpoint(folder, "search", 2, 0, state(2))
 
 
 def test_newest_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
+    (tmp_path / "new" / "folder").mkdir(parents=True)
     for epoch in (1, 2, 9, 10, 11):
-        save_checkpoint(tmp_path / "new" / "folder", "search", epoch, state(epoch))
-    save_checkpoint(tmp_path / "new" / "folder", "retrain", 1, {"other": 1})
+        save_checkpoint(tmp_path / "new" / "folder", "search", epoch, 0, state(epoch))
+    save_checkpoint(tmp_path / "new" / "folder", "retrain", 1, 0, {"other": 1})
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
-        "retrain-00001.pt",
-        "search-00010.pt",
-        "search-00011.pt",
+        "retrain-00001-0000000.pt",
+        "retrain-latest",
+        "search-00010-0000000.pt",
+        "search-00011-0000000.pt",
+        "search-latest",
     ]
     found = load_newest(tmp_path / "new" / "folder", "search")
     assert found is not None and found["epoch"] == 11 and found["history"] == state(0)["history"]
@@ -73,7 +76,7 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 def test_kill_between_stages_leaves_a_whole_checkpoint(
     tmp_path: Path, work: Callable[[Path], None], expected: int
 ) -> None:
-    save_checkpoint(tmp_path, "search", 1, state(1))
+    save_checkpoint(tmp_path, "search", 1, 0, state(1))
     child = multiprocessing.get_context("fork").Process(target=work, args=(tmp_path,))
     child.start()
     child.join()
@@ -103,10 +106,10 @@ def flipped(data: bytes) -> bytes:
 )
 def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     for epoch in (1, 2):
-        save_checkpoint(tmp_path, "search", epoch, state(epoch))
-    newest = tmp_path / "search-00002.pt"
+        save_checkpoint(tmp_path, "search", epoch, 0, state(epoch))
+    newest = tmp_path / "search-00002-0000000.pt"
     newest.write_bytes(damage(newest.read_bytes()))
-    with pytest.warns(RuntimeWarning, match=r"search-00002.pt: damaged checkpoint skipped"):
+    with pytest.warns(RuntimeWarning, match=r"search-00002-0000000.pt: damaged checkpoint skipped"):
         found = load_newest(tmp_path, "search")
     assert found is not None and found["epoch"] == 1
 
@@ -120,7 +123,7 @@ class Malicious:
 
 
 def test_reading_executes_nothing(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, "search", 1, {"x": Malicious(tmp_path / "executed")})
+    save_checkpoint(tmp_path, "search", 1, 0, {"x": Malicious(tmp_path / "executed")})
     with pytest.warns(RuntimeWarning, match="damaged checkpoint skipped"):
         assert load_newest(tmp_path, "search") is None
     assert not (tmp_path / "executed").exists()
