@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -42,7 +44,7 @@ def choose_device(name: str, threads: int | None) -> torch.device:
 def run_command(run: Callable[[Config, Console], Any], config: Config) -> None:
     """Run a command; a failure the user can mend ends the process with one line and status 1, a signal with 75."""
     try:
-        with on_signals(_interrupt), memory_named("start", config.batch_size):
+        with on_signals(_interrupt), _quiet_writers(), memory_named("start", config.batch_size):
             run(config, Console())
     except (DataUnavailable, RunFolderError, DeviceUnavailable, GenotypeUnavailable) as error:
         sys.exit(str(error))
@@ -58,6 +60,17 @@ def run_command(run: Callable[[Config, Console], Any], config: Config) -> None:
     except Interrupted as error:
         print(f"stopped by {error}; --resume continues where it stopped", file=sys.stderr)
         sys.exit(RESUME_ME)
+
+
+@contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """TensorBoard's thread that cannot write tells the main thread, which says so in one line. No traceback."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _interrupt(name: str) -> NoReturn:

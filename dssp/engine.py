@@ -98,6 +98,7 @@ class Engine:
                 for callback in reversed(self.callbacks):  # what restores the run comes first: it also saves last
                     callback.epoch_end(self, row)
                 self._stop_if_asked()
+        self._stop_if_asked()
 
     def _run_steps(self) -> None:
         """What is left of the epoch."""

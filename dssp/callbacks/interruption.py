@@ -29,6 +29,7 @@ class Interruption(Callback):
 
     def fit_end(self, engine: Engine) -> None:
         self.stack.close()
+        engine.stop_reason = self.asked  # also what came after the last look
 
     def _ask(self, name: str) -> None:
         self.asked = name
