@@ -62,10 +62,13 @@ def step_and_take_back_unless(good: Tensor, optimizer: torch.optim.Optimizer) ->
 
 
 def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What a step changes: parameters that have a gradient, and the optimizer's state."""
+    """What a step changes on the device: parameters that have a gradient, and the optimizer's state there."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
-    return [*parameters, *state]
+    state = [(parameter, value) for parameter, entry in optimizer.state.items() for value in entry.values()]
+    return [
+        *parameters,
+        *(value for parameter, value in state if isinstance(value, Tensor) and value.device == parameter.device),
+    ]
 
 
 def reported(good: Tensor, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
