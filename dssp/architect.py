@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dssp.methods.base import Method, Noise
 from dssp.optimization import logits_of
+from dssp.skipped_steps import reported, step_if_finite
 from dssp.supernet import Supernet
 
 
@@ -39,11 +40,17 @@ class Architect:
         self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), foreach=True, capturable=capturable)
 
     def step(self, images: Tensor, labels: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """One update of alpha and masks; detached scalars valid_loss, valid_accuracy, prune_loss."""
+        """One update of alpha and masks; detached scalars valid_loss, valid_accuracy, prune_loss (NaN: skipped)."""
         logits = logits_of(lambda images: self.supernet(images, self.method.mixtures(noise)), images, self.precision)
-        loss, prune_loss = F.cross_entropy(logits, labels), self.supernet.gate_sum().detach()
+        loss, prune_loss = F.cross_entropy(logits, labels), self.supernet.gate_sum()
+        objective = loss + self.method.penalty()
         self.optimizer.zero_grad()
-        (loss + self.method.penalty()).backward()
-        self.optimizer.step()
+        objective.backward()
+        taken = self.update(objective)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        return {"valid_loss": loss.detach(), "valid_accuracy": accuracy, "prune_loss": prune_loss}
+        return reported(taken, {"valid_loss": loss, "valid_accuracy": accuracy, "prune_loss": prune_loss})
+
+    def update(self, objective: Tensor) -> Tensor:
+        """A step along the gradients, unless they or the objective are not finite; whether it was taken."""
+        gradients = [p.grad for p in self.supernet.architecture_parameters() if p.grad is not None]
+        return step_if_finite(self.optimizer, objective, nn.utils.get_total_norm(gradients, foreach=True))

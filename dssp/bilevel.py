@@ -21,6 +21,7 @@ from dssp.methods.base import Noise
 from dssp.optimization import set_learning_rate, sgd, weight_step
 from dssp.pruning import GateTable
 from dssp.relaxation import softmax_over
+from dssp.skipped_steps import GuardedStep
 from dssp.supernet import Supernet
 
 Batch = tuple[Tensor, Tensor]
@@ -68,7 +69,8 @@ class BilevelSearch:
         self.optimizer = sgd(
             self.weights, lr=config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        self.captured = CapturedStep(self._captured_step, enabled=not config.no_cuda_graphs)
+        self._uncaptured = GuardedStep(self._step, supernet)
+        self.captured = CapturedStep(GuardedStep(self._captured_step, supernet), enabled=not config.no_cuda_graphs)
         self.held_out = data.valid.sample(config.held_out, seed=config.seed)
 
     def derived(self) -> AnyGenotype:
@@ -85,22 +87,24 @@ class BilevelSearch:
         """Steps per epoch: both halves are passed through once."""
         return max(1, min(len(self.data.train), len(self.data.valid)) // self.config.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[Step]:
-        """What the steps of an epoch need; the method makes itself ready for the epoch."""
-        config = self.config
+    def batches(self, epoch: int, *, first: int = 0) -> Iterator[Step]:
+        """What the steps of an epoch need, from step ``first`` on; the method makes itself ready for the epoch."""
         self.captured.reset()  # the learning rate changes, and edges may have gone
         self.method.start_epoch(epoch)
         set_learning_rate(self.optimizer, self.method.learning_rate(epoch))
-        return self._batches(epoch, config.batch_size, config.seed)
+        return self._batches(epoch, first)
 
-    def _batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Step]:
-        chance = generator_of(seed, epoch, "noise")
-        train = self.data.train.batches(batch_size, epoch=epoch, seed=seed, train=True)
+    def _batches(self, epoch: int, first: int) -> Iterator[Step]:
+        order: dict[str, Any] = {"epoch": epoch, "seed": self.config.seed, "train": True, "first": first}
+        chance = generator_of(self.config.seed, epoch, "noise")
+        for _ in range(first):
+            self.method.noise(chance, epoch)
+        train = self.data.train.batches(self.config.batch_size, **order)
         if self.method.phase(epoch) != "search" or self.method.joint:
             for batch in train:
                 yield batch, None, self.method.noise(chance, epoch)
             return
-        valid = self.data.valid.batches(batch_size, epoch=epoch, seed=seed, train=True)
+        valid = self.data.valid.batches(self.config.batch_size, **order)
         for batch, other in zip(train, valid, strict=False):  # the halves may differ by one batch
             yield batch, other, self.method.noise(chance, epoch)
 
@@ -109,7 +113,7 @@ class BilevelSearch:
         train, valid, noise = batch
         learns_both = self.method.joint and self.method.phase(epoch) == "search"
         if self.method.on_host:
-            return self._step(train, valid, noise, learns_both)
+            return self._uncaptured(train, valid, noise, learns_both)
         self._noise_names, self._learns_both = list(noise), learns_both
         device = self.held_out[0].device
         drawn = [value.to(device, non_blocking=True) for value in noise.values()]
@@ -174,7 +178,7 @@ class BilevelSearch:
                 penalty=self.method.penalty if learns_both else None,
             )
             if learns_both:
-                self.architect.optimizer.step()
+                self.architect.update(values["train_loss"])
         return values
 
     def _forget_removed_weights(self) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from rich.console import Console
 
-from dssp.config import ConfigError
+from dssp.config import ConfigError, RetrainConfig, SearchConfig
 from dssp.data import DataUnavailable
+from dssp.engine import Diverged, Interrupted
+from dssp.interruption import RESUME_ME, on_signals
+from dssp.memory import OutOfMemory, memory_named
 from dssp.run_folder import RunFolderError
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", SearchConfig, RetrainConfig)
 
 
 class DeviceUnavailable(Exception):
@@ -37,12 +42,36 @@ def choose_device(name: str, threads: int | None) -> torch.device:
 
 
 def run_command(run: Callable[[Config, Console], Any], config: Config) -> None:
-    """Run a command; a failure the user can mend ends the process with one line and status 1."""
+    """Run a command; a failure the user can mend ends the process with one line and status 1, a signal with 75."""
     try:
-        run(config, Console())
+        with on_signals(_interrupt), _quiet_writers(), memory_named("start", config.batch_size):
+            run(config, Console())
     except (DataUnavailable, RunFolderError, DeviceUnavailable, GenotypeUnavailable) as error:
         sys.exit(str(error))
     except ConfigError as error:
         sys.exit(f"--{error.field.replace('_', '-')}: {error.reason}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; --resume continues after the last finished epoch")
+    except Diverged as error:
+        sys.exit(f"{error}; the last checkpoint is kept. Lower the learning rate or use --precision float32")
+    except OutOfMemory as error:
+        sys.exit(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{where}{error.strerror or error}; what was saved before is intact and --resume continues from it")
+    except Interrupted as error:
+        print(f"stopped by {error}; --resume continues where it stopped", file=sys.stderr)
+        sys.exit(RESUME_ME)
+
+
+@contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """TensorBoard's thread that cannot write tells the main thread, which says so in one line. No traceback."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _interrupt(name: str) -> NoReturn:
+    raise Interrupted(name)

@@ -72,6 +72,11 @@ GROUPS = {
 }
 
 PRUNING_METHODS = ("dssp", "dssp-paper")  # those with a mask per edge
+EXIT_STATUS = (
+    "Exit status: 0 finished; 1 a failure that one line on stderr explains; 2 a wrong command line; 75 stopped by "
+    "SIGTERM, SIGINT or SIGUSR1 with everything saved: the same command with --resume continues. A second signal ends "
+    "the process at once."
+)
 RESIZED = ("imagefolder", "fake")  # the data sets whose images have no size of their own
 NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
@@ -121,6 +126,12 @@ class _Config:
         "run",
     )
     resume: bool = option(False, "continue the run in --run-dir where it stopped", "run")
+    checkpoint_every: int | None = option(
+        None, "steps between checkpoints within an epoch; default: ten minutes; each epoch ends with one", "run", low=1
+    )
+    max_skipped_steps: int = option(
+        20, "steps in a row skipped, as loss or gradient is not finite, before the run gives up", "run", low=1
+    )
     threads: int | None = option(
         None, "CPU threads; default: torch's choice, for the tiny maps of digits 1", "run", low=1
     )
@@ -354,7 +365,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(config: type[C], prog: str, description: str, argv: Sequence[str] | None) -> C:
     prog = f"python -m {prog}"
-    parser = _Parser(prog=prog, usage=f"{prog} [flags]", description=description, allow_abbrev=False)
+    parser = _Parser(
+        prog=prog, usage=f"{prog} [flags]", description=description, epilog=EXIT_STATUS, allow_abbrev=False
+    )
     types, fields = get_type_hints(config), dataclasses.fields(config)
     for group, subject in GROUPS.items():
         members = [field for field in fields if field.metadata["group"] == group]

@@ -109,11 +109,14 @@ class Split:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batches(self, batch_size: int, *, epoch: int, seed: int, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, batch_size: int, *, epoch: int, seed: int, train: bool, first: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (images float32 [B, C, H, W] in channels_last, normalised; labels int64 [B]) on the device.
 
         train=True: shuffled and augmented, each a pure function of (seed, epoch) whatever the device; the last batch
         is dropped if it is not full, unless it is the only one. train=False: all images, in order, as they are.
+        first: so many batches of a training epoch are left out, and not decoded either.
         Raises DataUnavailable naming the file if an image file cannot be decoded.
         """
         if batch_size < 1:
@@ -128,6 +131,9 @@ class Split:
         order = self.indices[torch.randperm(len(self), generator=generator)[:used]]
         shifts = torch.randint(-self.padding, self.padding + 1, (used, 2), generator=generator)
         flips = (torch.rand(used, generator=generator) < 0.5) & self.flip
+        if first * batch_size >= used:
+            return
+        order, shifts, flips = (part[first * batch_size :] for part in (order, shifts, flips))
         device = self.labels.device  # the plan of an epoch goes there in one piece
         plan = (self.labels[order.to(device)], shifts.to(device), flips.to(device))
         planned = zip(*(part.split(batch_size) for part in plan), strict=True)
@@ -314,6 +320,10 @@ def _assemble(
     """Halve `pool` into train and valid, by seed and stratified, and normalise by its statistics."""
     if len(pool) < 2 or len(test) < 1:
         raise DataUnavailable(f"{name}: {len(pool)} training and {len(test)} test images, at least 2 and 1 needed")
+    if wrong := ((labels < 0) | (labels >= len(classes))).nonzero().flatten().tolist():
+        raise DataUnavailable(
+            f"{name}: image {wrong[0]} has label {labels[wrong[0]]}, expected 0 to {len(classes) - 1}; mend its labels"
+        )
     order = pool[_stratified(labels[pool], generator_of(seed, "halves"))]
     parts = {"train": order[0::2], "valid": order[1::2], "train_valid": pool, "test": test}
     mean, std = statistics or _statistics(store, pool)

@@ -20,6 +20,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in it reach the disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

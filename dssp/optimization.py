@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dssp.skipped_steps import reported, step_if_finite
+
 
 def sgd(weights: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
     """SGD as DARTS uses it, updating all weights in a few batched kernels."""
@@ -47,16 +49,17 @@ def weight_step(
     """One step on the cross-entropy; detached scalars train_loss, train_accuracy. A grad_clip of 0 clips nothing.
 
     A `penalty` is added to the loss: what parameters that are not this optimizer's learn from beside the cross-entropy.
+    Where loss or gradient are not finite, nothing changes but BatchNorm's statistics, and both scalars are NaN.
     """
     logits = logits_of(model, images, precision)
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     (loss if penalty is None else loss + penalty()).backward()
-    if grad_clip > 0:
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        nn.utils.clip_grad_norm_(weights, grad_clip, foreach=True)
-    optimizer.step()
-    return {"train_loss": loss.detach(), "train_accuracy": (logits.detach().argmax(1) == labels).float().mean()}
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = nn.utils.clip_grad_norm_(weights, grad_clip or math.inf, foreach=True)
+    taken = step_if_finite(optimizer, loss, norm)
+    accuracy = (logits.detach().argmax(1) == labels).float().mean()
+    return reported(taken, {"train_loss": loss, "train_accuracy": accuracy})
 
 
 @torch.no_grad()

@@ -11,18 +11,20 @@ import torch
 from rich.console import Console
 
 from dssp.benchmark import open_benchmark
-from dssp.callbacks import Checkpointing, MetricsLog, ProgressBar, TensorBoard
+from dssp.callbacks import Checkpointing, Interruption, MetricsLog, ProgressBar, TensorBoard
 from dssp.command import GenotypeUnavailable, choose_device, run_command
 from dssp.config import ConfigError, RetrainConfig, parse_retrain
 from dssp.cost import count_flops, count_parameters
 from dssp.data import DataSet, load_data
 from dssp.engine import Callback, Engine
 from dssp.files import write_json
+from dssp.fingerprint import fingerprint
 from dssp.genotype import AnyGenotype, load_with_space
+from dssp.memory import memory_named
 from dssp.network import DerivedNetwork
 from dssp.optimization import evaluate
 from dssp.retraining import Retraining
-from dssp.run_folder import open_run_folder
+from dssp.run_folder import finished_summary, open_run_folder
 from dssp.spaces import CellSpace, get_space
 from dssp.summary import tabulated_line
 
@@ -74,12 +76,13 @@ def retrain(
         seed=config.seed,
     )
     callbacks: list[Callback] = [
-        Checkpointing(folder / "checkpoints", resume=config.resume),
+        Interruption(),
+        Checkpointing(folder / "checkpoints", resume=config.resume, every=config.checkpoint_every),
         MetricsLog(folder / "retrain.jsonl"),
         TensorBoard(folder / "tensorboard"),
         ProgressBar(console),
     ]
-    engine = Engine(task, callbacks)
+    engine = Engine(task, callbacks, max_skipped_steps=config.max_skipped_steps)
     engine.fit()
     test = data.test.batches(config.batch_size, epoch=0, seed=config.seed, train=False)
     _, accuracy = evaluate(network, test)
@@ -126,8 +129,13 @@ def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
         device=device,
         workers=config.workers,
     )
-    folder = open_run_folder(config, "retrain", {})
-    result = retrain(space, genotype, data, config, folder=folder, device=device, console=console)
+    folder = open_run_folder(config, "retrain", {"data": fingerprint(data)})
+    if (finished := finished_summary(folder)) is not None:
+        console.print(f"{folder} is finished, nothing is left to do", highlight=False, soft_wrap=True)
+        _print_summary(console, finished, folder)
+        return finished
+    with memory_named("retraining", config.batch_size):
+        result = retrain(space, genotype, data, config, folder=folder, device=device, console=console)
     summary = {
         "genotype": genotype.to_dict(),
         "test_accuracy": result.test_accuracy,
@@ -137,12 +145,17 @@ def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
         "tabulated": tabulated,
     }
     write_json(folder / "summary.json", summary)
-    accuracy = "Not trained" if result.test_accuracy is None else f"Test accuracy {result.test_accuracy:.2%}"
-    cost = f"{result.parameters:,} parameters, {result.flops / 1e6:.1f} MFLOPs per image"
-    if tabulated is not None:
-        cost += f"\n{tabulated_line(tabulated)}"
-    console.print(f"{accuracy}, {cost}\nRun folder {folder}", highlight=False, soft_wrap=True)
+    _print_summary(console, summary, folder)
     return summary
+
+
+def _print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    accuracy = summary["test_accuracy"]
+    trained = "Not trained" if accuracy is None else f"Test accuracy {accuracy:.2%}"
+    cost = f"{summary['parameters']:,} parameters, {summary['flops'] / 1e6:.1f} MFLOPs per image"
+    if summary["tabulated"] is not None:
+        cost += f"\n{tabulated_line(summary['tabulated'])}"
+    console.print(f"{trained}, {cost}\nRun folder {folder}", highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dssp.data import Split
 from dssp.optimization import cosine, set_learning_rate, sgd, weight_step
+from dssp.skipped_steps import GuardedStep
 
 
 class Retraining:
@@ -33,19 +34,25 @@ class Retraining:
         self.network, self.train, self.precision = network, train, precision
         self.epochs, self.batch_size, self.lr, self.grad_clip, self.seed = epochs, batch_size, lr, grad_clip, seed
         self.optimizer = sgd(network.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self._guarded = GuardedStep(self._weight_step, network)
 
     def steps(self) -> int:
         """Steps per epoch."""
         return max(1, len(self.train) // self.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All training images in the epoch's order."""
+    def batches(self, epoch: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """All training images in the epoch's order, from step ``first`` on."""
         set_learning_rate(self.optimizer, cosine(epoch, self.epochs, start=self.lr, end=0.0))
-        return self.train.batches(self.batch_size, epoch=epoch, seed=self.seed, train=True)
+        return self.train.batches(self.batch_size, epoch=epoch, seed=self.seed, train=True, first=first)
 
     def step(self, batch: tuple[Tensor, Tensor], epoch: int) -> dict[str, Tensor]:
         """One weight step."""
-        return weight_step(self.network, self.optimizer, *batch, grad_clip=self.grad_clip, precision=self.precision)
+        return self._guarded(*batch)
+
+    def _weight_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return weight_step(
+            self.network, self.optimizer, images, labels, grad_clip=self.grad_clip, precision=self.precision
+        )
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """The learning rate the epoch had."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -18,7 +20,15 @@ from dssp.config import RetrainConfig, SearchConfig
 from dssp.files import write_atomically, write_json
 
 RUNS = Path("runs")
-NOT_COMPARED = ("resume", "run_dir", "device", "threads", "workers")  # may differ when a run is continued
+NOT_COMPARED = (
+    "resume",
+    "run_dir",
+    "device",
+    "threads",
+    "workers",
+    "checkpoint_every",
+    "max_skipped_steps",
+)  # may differ when a run is continued
 
 
 class RunFolderError(Exception):
@@ -28,22 +38,57 @@ class RunFolderError(Exception):
 def open_run_folder(config: SearchConfig | RetrainConfig, kind: str, details: dict[str, Any]) -> Path:
     """The folder of this run with its config.json: a new one, or with ``resume`` the one to continue.
 
-    Raises RunFolderError when there is nothing to resume, the folder holds another run, or it cannot be written.
+    The folder is this process's until it ends. ``details`` go into config.json too; "data" among them must be the same
+    when the run is continued. Raises RunFolderError when there is nothing to resume, the folder holds another run or is
+    in use by another process, or it cannot be written.
     """
     folder = Path(config.run_dir) if config.run_dir else None
     if config.resume:
         folder = folder or _newest_like(config, kind)
-        _check_same_run(config, folder)
+        _check_same_run(config, folder, details)
+        _lock(folder)
         return folder
     folder = folder or _new_folder(kind)
-    if (folder / "config.json").exists():
-        raise RunFolderError(f"{folder} already holds a run: add --resume to continue it, or choose another --run-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+        if (folder / "config.json").exists():
+            raise RunFolderError(
+                f"{folder} already holds a run: add --resume to continue it, or choose another --run-dir"
+            )
+        if changes := _git("diff", "HEAD", "--", "."):
+            write_atomically(folder / "changes.diff", lambda file: file.write(changes.encode()))
         write_json(folder / "config.json", {"config": config.to_dict(), **_circumstances(), **details})
     except OSError as error:
         raise RunFolderError(f"--run-dir {folder}: {error.strerror}") from None
     return folder
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that is finished, else None."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+_held: list[int] = []  # locks of this process; closing one, or the end of the process, gives it back
+
+
+def _lock(folder: Path) -> None:
+    """Make the folder this process's own until it ends; the kernel sees to that, however it ends."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    mine = any(os.path.samestat(os.fstat(descriptor), os.fstat(held)) for held in _held)
+    try:
+        if not mine:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()} on {platform.node()}\n".encode())
+            _held.append(descriptor)
+    except BlockingIOError:
+        owner = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise RunFolderError(f"{folder} is in use by another process ({owner}): wait for its end or stop it") from None
+    if mine:
+        os.close(descriptor)
 
 
 def _new_folder(kind: str) -> Path:
@@ -72,7 +117,7 @@ def _differences(config: SearchConfig | RetrainConfig, path: Path) -> list[str]:
     ]
 
 
-def _check_same_run(config: SearchConfig | RetrainConfig, folder: Path) -> None:
+def _check_same_run(config: SearchConfig | RetrainConfig, folder: Path, details: dict[str, Any]) -> None:
     path = folder / "config.json"
     if not path.exists():
         raise RunFolderError(f"--resume: {folder} holds no run (no config.json)")
@@ -82,6 +127,9 @@ def _check_same_run(config: SearchConfig | RetrainConfig, folder: Path) -> None:
         raise RunFolderError(f"--resume: {path} is damaged: {error}") from None
     if differences:
         raise RunFolderError(f"--resume: {folder} holds a run with another {'; '.join(differences)}")
+    data = json.loads(path.read_text()).get("data")
+    if data != details.get("data"):
+        raise RunFolderError(f"--resume: the data set is not the one {folder} began with ({data}, {details['data']})")
 
 
 def _circumstances() -> dict[str, Any]:
@@ -100,7 +148,7 @@ def _circumstances() -> dict[str, Any]:
     return {
         "command": " ".join(["python", "-m", *_command()]),
         "versions": versions,
-        "commit": _commit(),
+        "commit": (_git("log", "-1", "--format=%H", "--", ".") or "").strip() or None,
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {device}",
     }
 
@@ -110,16 +158,14 @@ def _command() -> list[str]:
     return [program.name if program else Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
-def _commit() -> str | None:
-    """The commit of the source tree this package runs from, if it runs from one."""
-    here = Path(__file__).parent
+def _git(*arguments: str) -> str | None:
+    """What git says in the source tree this package runs from; None if it runs from none, or for an empty answer."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "log", "-1", "--format=%H", "--", "."], capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None  # no git on this machine
-    return done.stdout.strip() or None
+    return done.stdout or None
 
 
 def keep_rows(path: Path, epochs: int) -> list[dict[str, Any]]:

@@ -11,17 +11,19 @@ from rich.console import Console
 
 from dssp.benchmark import open_benchmark
 from dssp.bilevel import BilevelSearch
-from dssp.callbacks import Checkpointing, MetricsLog, ProgressBar, TensorBoard
+from dssp.callbacks import Checkpointing, Interruption, MetricsLog, ProgressBar, TensorBoard
 from dssp.command import choose_device, run_command
 from dssp.config import RetrainConfig, SearchConfig, parse_search
 from dssp.data import DataSet, load_data
 from dssp.engine import Callback, Engine
 from dssp.files import write_json
-from dssp.genotype import save_genotype
+from dssp.fingerprint import fingerprint
+from dssp.genotype import load_genotype, save_genotype
+from dssp.memory import memory_named
 from dssp.methods import METHODS
 from dssp.report import write_report
 from dssp.retrain import retrain
-from dssp.run_folder import open_run_folder
+from dssp.run_folder import finished_summary, open_run_folder
 from dssp.spaces import CellSpace, get_space
 from dssp.summary import print_summary, step_seconds
 from dssp.supernet import Supernet
@@ -53,7 +55,7 @@ def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
     """The retraining that a search ends with."""
     shared = (
         *("dataset", "data_path", "image_size", "space", "seed", "device", "precision"),
-        *("run_dir", "resume", "threads", "workers"),
+        *("run_dir", "resume", "checkpoint_every", "max_skipped_steps", "threads", "workers"),
     )
     sizes = ("epochs", "batch_size", "channels", "cells")
     return RetrainConfig(
@@ -79,29 +81,36 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     supernet = build_supernet(config, data, device)
     edges = {type: [f"{source}->{node}" for source, node in supernet.space.edges] for type in supernet.cell_types}
     details = {"edges": edges, "operations": list(supernet.space.operations)}
-    folder = open_run_folder(config, config.method, details)
+    folder = open_run_folder(config, config.method, {**details, "data": fingerprint(data)})
+    if (finished := finished_summary(folder)) is not None:
+        console.print(f"{folder} is finished, nothing is left to do", highlight=False, soft_wrap=True)
+        print_summary(console, finished, load_genotype(folder / "genotype.json"), folder, write_report(folder))
+        return finished
     search = BilevelSearch(config, supernet, searched, benchmark)
     metrics = MetricsLog(folder / "metrics.jsonl")
     callbacks: list[Callback] = [
-        Checkpointing(folder / "checkpoints", resume=config.resume),
+        Interruption(),
+        Checkpointing(folder / "checkpoints", resume=config.resume, every=config.checkpoint_every),
         metrics,
         TensorBoard(folder / "tensorboard", edges),
         ProgressBar(console, active_edges=len(supernet.live_edges())),
     ]
-    engine = Engine(search, callbacks)
-    engine.fit()
+    engine = Engine(search, callbacks, max_skipped_steps=config.max_skipped_steps)
+    with memory_named("search", config.batch_size):
+        engine.fit()
 
     genotype = search.derived()
     save_genotype(folder / "genotype.json", genotype, space=config.space, method=config.method, seed=config.seed)
-    result = retrain(
-        supernet.space,
-        genotype,
-        data,
-        retrain_config(config, str(folder / "genotype.json")),
-        folder=folder,
-        device=device,
-        console=console,
-    )
+    with memory_named("retraining", config.retrain_batch_size, "--retrain-"):
+        result = retrain(
+            supernet.space,
+            genotype,
+            data,
+            retrain_config(config, str(folder / "genotype.json")),
+            folder=folder,
+            device=device,
+            console=console,
+        )
     summary = {
         "genotype": genotype.to_dict(),
         "search_seconds": engine.seconds,

@@ -34,7 +34,10 @@ class ProgressBar(Callback):
             disable=not self.console.is_terminal,
         )
         self.bar: TaskID = self.progress.add_task(
-            task.name, total=task.epochs * task.steps(), completed=engine.epoch * task.steps(), status=""
+            task.name,
+            total=task.epochs * task.steps(),
+            completed=engine.epoch * task.steps() + engine.step,
+            status="",
         )
         self.looked, self.steps_since = time.perf_counter(), 0
         self.progress.start()

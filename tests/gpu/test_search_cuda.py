@@ -95,3 +95,24 @@ def test_removed_edges_give_their_memory_back() -> None:
         search.supernet.remove_edge(edge)
     search._forget_removed_weights()
     assert before - torch.cuda.memory_allocated() >= 2 * 4 * removed  # weights and their momentum
+
+
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+@pytest.mark.parametrize("at", [0, EAGER_STEPS + 2], ids=["first", "later"])
+def test_step_that_is_not_finite_is_taken_back_on_the_device(captured: bool, at: int) -> None:
+    search = search_on_gpu(no_cuda_graphs=not captured)
+    for index, (batch, _) in enumerate(zip(search.batches(1), range(at + 3), strict=False)):
+        train, valid = batch
+        assert valid is not None
+        if index != at:
+            search.step(batch, 1)
+            continue
+        before = {name: value.clone() for name, value in search.supernet.state_dict().items()}
+        values = search.step(((train[0] * torch.inf, train[1]), (valid[0] * torch.nan, valid[1])), 1)
+        assert all(value.isnan() for value in values.values())
+        for name, value in search.supernet.state_dict().items():
+            assert name.endswith("num_batches_tracked") or torch.equal(value, before[name]), name
+        optimizers = (search.optimizer, search.architect.optimizer)
+        state = [tensor for one in optimizers for entry in one.state.values() for tensor in entry.values()]
+        assert all(tensor.isfinite().all() and (at or not tensor.any()) for tensor in state)
+    assert all(value.isfinite().all() for value in search.supernet.state_dict().values())

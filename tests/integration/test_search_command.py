@@ -22,6 +22,7 @@ from dssp import retrain, search
 from dssp.callbacks import MetricsLog
 from dssp.engine import Engine
 from dssp.genotype import load_genotype
+from dssp.interruption import RESUME_ME
 from dssp.metrics import RunningMeans
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +91,7 @@ def checkpoint(run: Path, name: str) -> Any:
 def timeless(value: Any) -> Any:
     """JSON without the entries that are times."""
     if isinstance(value, dict):
-        return {key: timeless(entry) for key, entry in value.items() if not key.endswith("seconds")}
+        return {key: timeless(entry) for key, entry in value.items() if not str(key).endswith("seconds")}
     return [timeless(entry) for entry in value] if isinstance(value, list) else value
 
 
@@ -102,7 +103,7 @@ def assert_identical(left: Any, right: Any, where: str = "") -> None:
     elif isinstance(left, dict):
         assert left.keys() == right.keys(), where
         for key in left:
-            if key != "seconds":
+            if not str(key).endswith("seconds"):
                 assert_identical(left[key], right[key], f"{where}.{key}")
     elif isinstance(left, list | tuple):
         assert len(left) == len(right), where
@@ -114,7 +115,7 @@ def assert_identical(left: Any, right: Any, where: str = "") -> None:
 
 def assert_same_run(found: Path, expected: Path) -> None:
     """Alpha, masks, weights, optimizers, history, metrics, genotype and summary agree."""
-    for name in ("search-00004.pt", "search-00005.pt", "retrain-00005.pt"):
+    for name in ("search-00004-0000000.pt", "search-00005-0000000.pt", "retrain-00005-0000000.pt"):
         assert_identical(checkpoint(found, name), checkpoint(expected, name), name)
     for name in ("metrics.jsonl", "retrain.jsonl"):
         assert timeless(rows(found / name)) == timeless(rows(expected / name))
@@ -124,7 +125,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 def test_run_folder_has_everything_the_contract_names(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {
+    assert {path.name for path in finished.iterdir()} - {"changes.diff"} == {
+        ".lock",
         "config.json",
         "metrics.jsonl",
         "retrain.jsonl",
@@ -232,12 +234,14 @@ def test_interrupted_search_continues_bit_for_bit(
     finished: Path, data: list[str], tmp_path: Path, log: str, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
+    pressed: list[int] = []
 
     def press_ctrl_c(self: MetricsLog, engine: Engine, epoch: int, step: int, means: RunningMeans) -> None:
-        if (run / log).exists() and len((run / log).read_text().splitlines()) >= lines:
+        if not pressed and (run / log).exists() and len((run / log).read_text().splitlines()) >= lines:
+            pressed.append(step)
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; --resume continues after the"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=str(RESUME_ME)):
         patch.setattr(MetricsLog, "step_end", press_ctrl_c)
         search.main(flags(data, run))
     assert not (run / "summary.json").exists()
@@ -259,11 +263,16 @@ def test_killed_search_continues_bit_for_bit(finished: Path, data: list[str], tm
     assert "</html>" in (run / "report.html").read_text()
 
 
-def test_continuing_a_finished_search_changes_nothing(finished: Path, data: list[str], tmp_path: Path) -> None:
+def test_continuing_a_finished_search_changes_nothing(
+    finished: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "report.html").unlink()
-    search.main([*flags(data, run), "--resume"])
+    for _ in range(2):
+        search.main([*flags(data, run), "--resume"])
+        said = capsys.readouterr().out
+        assert "is finished, nothing is left to do" in said and "Pruned: 5 edges" in said
     assert_same_run(run, finished)
     assert (run / "report.html").exists()
 
@@ -273,8 +282,9 @@ def test_damaged_newest_checkpoint_costs_an_epoch_and_nothing_else(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    newest = run / "checkpoints" / "search-00005.pt"
+    newest = run / "checkpoints" / "search-00005-0000000.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
+    (run / "summary.json").unlink()  # or there would be nothing to do
     with pytest.warns(RuntimeWarning, match="damaged checkpoint skipped"):
         search.main([*flags(data, run), "--resume"])
     assert_same_run(run, finished)

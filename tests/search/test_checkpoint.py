@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dssp.checkpoint import load_newest, save_checkpoint
 
@@ -34,31 +36,77 @@ class KilledWhilePickled:
 
 
 def killed_while_writing(folder: Path) -> None:
-    save_checkpoint(folder, "search", 2, {**state(2), "last": KilledWhilePickled()})
+    save_checkpoint(folder, "search", 2, 0, {**state(2), "last": KilledWhilePickled()})
 
 
 def killed_before_moving(folder: Path) -> None:
     sys.addaudithook(lambda event, arguments: stop() if event == "os.rename" else None)
-    save_checkpoint(folder, "search", 2, state(2))
+    save_checkpoint(folder, "search", 2, 0, state(2))
 
 
 def killed_after_moving(folder: Path) -> None:
     sys.addaudithook(lambda event, arguments: stop() if event == "os.remove" else None)
-    save_checkpoint(folder, "search", 2, state(2))
+    save_checkpoint(folder, "search", 2, 0, state(2))
 
 
 def test_newest_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
+    (tmp_path / "new" / "folder").mkdir(parents=True)
     for epoch in (1, 2, 9, 10, 11):
-        save_checkpoint(tmp_path / "new" / "folder", "search", epoch, state(epoch))
-    save_checkpoint(tmp_path / "new" / "folder", "retrain", 1, {"other": 1})
+        save_checkpoint(tmp_path / "new" / "folder", "search", epoch, 0, state(epoch))
+    save_checkpoint(tmp_path / "new" / "folder", "retrain", 1, 0, {"other": 1})
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
-        "retrain-00001.pt",
-        "search-00010.pt",
-        "search-00011.pt",
+        "retrain-00001-0000000.pt",
+        "retrain-latest",
+        "search-00010-0000000.pt",
+        "search-00011-0000000.pt",
+        "search-latest",
     ]
     found = load_newest(tmp_path / "new" / "folder", "search")
     assert found is not None and found["epoch"] == 11 and found["history"] == state(0)["history"]
     assert torch.equal(found["weights"]["w"], state(11)["weights"]["w"])
+
+
+def test_step_within_an_epoch_comes_before_the_end_of_it(tmp_path: Path) -> None:
+    for epoch, step in ((9, 0), (9, 120), (9, 1_000_000), (10, 0)):
+        save_checkpoint(tmp_path, "search", epoch, step, {"at": [epoch, step]})
+        found = load_newest(tmp_path, "search")
+        assert found is not None and found["at"] == [epoch, step]
+        assert (tmp_path / "search-latest").read_text() == f"search-{epoch:05d}-{step:07d}.pt\n"
+
+
+def test_files_of_killed_processes_are_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".search-00000-0000007.pt.123").write_bytes(b"half")
+    (tmp_path / ".retrain-00000-0000007.pt.123").write_bytes(b"of another task")
+    save_checkpoint(tmp_path, "search", 1, 0, state(1))
+    assert [path.name for path in tmp_path.glob(".*")] == [".retrain-00000-0000007.pt.123"]
+
+
+def test_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        save_checkpoint(tmp_path / "gone", "search", 1, 0, state(1))
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state": {}}, {"format": 1, "state": {}}, {"format": 2, "state": 3}])
+def test_file_that_is_no_checkpoint_of_this_format_is_skipped(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "search-00001-0000000.pt")
+    with pytest.warns(RuntimeWarning, match="expected a checkpoint of format 2"):
+        assert load_newest(tmp_path, "search") is None
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.floats(0, 1, exclude_max=True), piece=st.binary(max_size=40), cut=st.booleans())
+def test_whatever_happened_to_a_file_the_state_is_whole_or_there_is_none(
+    tmp_path: Path, where: float, piece: bytes, cut: bool
+) -> None:
+    path = save_checkpoint(tmp_path, "search", 1, 0, state(1))
+    data = path.read_bytes()
+    position = int(where * len(data))
+    path.write_bytes(data[:position] + piece + (b"" if cut else data[position + len(piece) :]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = load_newest(tmp_path, "search")
+    assert found is None or torch.equal(found["weights"]["w"], state(1)["weights"]["w"])
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
@@ -73,7 +121,7 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 def test_kill_between_stages_leaves_a_whole_checkpoint(
     tmp_path: Path, work: Callable[[Path], None], expected: int
 ) -> None:
-    save_checkpoint(tmp_path, "search", 1, state(1))
+    save_checkpoint(tmp_path, "search", 1, 0, state(1))
     child = multiprocessing.get_context("fork").Process(target=work, args=(tmp_path,))
     child.start()
     child.join()
@@ -103,10 +151,10 @@ def flipped(data: bytes) -> bytes:
 )
 def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     for epoch in (1, 2):
-        save_checkpoint(tmp_path, "search", epoch, state(epoch))
-    newest = tmp_path / "search-00002.pt"
+        save_checkpoint(tmp_path, "search", epoch, 0, state(epoch))
+    newest = tmp_path / "search-00002-0000000.pt"
     newest.write_bytes(damage(newest.read_bytes()))
-    with pytest.warns(RuntimeWarning, match=r"search-00002.pt: damaged checkpoint skipped"):
+    with pytest.warns(RuntimeWarning, match=r"search-00002-0000000.pt: damaged checkpoint skipped"):
         found = load_newest(tmp_path, "search")
     assert found is not None and found["epoch"] == 1
 
@@ -120,7 +168,7 @@ class Malicious:
 
 
 def test_reading_executes_nothing(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, "search", 1, {"x": Malicious(tmp_path / "executed")})
+    save_checkpoint(tmp_path, "search", 1, 0, {"x": Malicious(tmp_path / "executed")})
     with pytest.warns(RuntimeWarning, match="damaged checkpoint skipped"):
         assert load_newest(tmp_path, "search") is None
     assert not (tmp_path / "executed").exists()

@@ -28,8 +28,8 @@ class Decay:
     def steps(self) -> int:
         return 3
 
-    def batches(self, epoch: int) -> Iterator[float]:
-        return iter([0.9 - 0.1 * epoch] * 3)
+    def batches(self, epoch: int, *, first: int = 0) -> Iterator[float]:
+        return iter([0.9 - 0.1 * epoch] * (3 - first))
 
     def step(self, batch: float, epoch: int) -> dict[str, Tensor]:
         self.x = self.x * batch
@@ -106,13 +106,13 @@ def test_row_of_an_epoch_holds_means_times_and_what_the_task_adds() -> None:
     assert seconds == sorted(seconds) and seconds[0] > 0
 
 
-def test_callbacks_start_in_order_and_take_the_end_of_an_epoch_in_reverse() -> None:
+def test_callbacks_start_in_order_and_take_ends_in_reverse() -> None:
     log: list[str] = []
     task = Decay()
     task.epochs = 1
     Engine(task, [Recorder("a", log), Recorder("b", log)]).fit()
     steps = [f"{name} step 0.{step}" for step in (1, 2, 3) for name in "ab"]
-    assert log == ["a starts at 0", "b starts at 0", *steps, "b epoch 0", "a epoch 0", "a ends", "b ends"]
+    assert log == ["a starts at 0", "b starts at 0", *steps, "b epoch 0", "a epoch 0", "b ends", "a ends"]
 
 
 def test_callbacks_are_closed_when_a_step_raises() -> None:

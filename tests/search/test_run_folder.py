@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,36 @@ def test_config_says_everything_that_is_needed_to_repeat_the_run() -> None:
     assert SearchConfig.from_dict(stored["config"]) == config(seed=3, run_dir="x/y")
     assert {"command", "versions", "commit", "machine", "edges"} <= stored.keys()
     assert {"python", "torch", "triton", "dssp"} == stored["versions"].keys()
+
+
+def git(here: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *who, *arguments], cwd=here, check=True, capture_output=True)
+
+
+def test_changes_since_the_commit_are_kept_beside_the_config(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = here / "tree" / "dssp"
+    tree.mkdir(parents=True)
+    (tree / "run_folder.py").write_text("one\n")
+    git(tree, "init")
+    git(tree, "add", ".")
+    git(tree, "commit", "-m", "first")
+    monkeypatch.setattr("dssp.run_folder.__file__", str(tree / "run_folder.py"))
+    clean = open_run_folder(config(run_dir="clean"), "dssp", {})
+    assert not (clean / "changes.diff").exists()
+    assert len(json.loads((clean / "config.json").read_text())["commit"]) == 40
+    (tree / "run_folder.py").write_text("two\n")
+    dirty = open_run_folder(config(run_dir="dirty"), "dssp", {})
+    assert (dirty / "changes.diff").read_text().endswith("-one\n+two\n")
+
+
+def test_folder_is_this_process_s_own_and_may_be_opened_by_it_again() -> None:
+    folder = open_run_folder(config(run_dir="x"), "dssp", {})
+    assert open_run_folder(config(run_dir="x", resume=True), "dssp", {}) == folder
+    held = os.open(folder / ".lock", os.O_RDWR)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(held)
 
 
 def test_folder_that_holds_a_run_is_not_overwritten() -> None:
