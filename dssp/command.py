@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from dssp.config import ConfigError
+from dssp.config import ConfigError, RetrainConfig, SearchConfig
 from dssp.data import DataUnavailable
+from dssp.exporting import ExportFailed
 from dssp.run_folder import RunFolderError
+from dssp.trained import NetworkUnavailable
 
 Config = TypeVar("Config")
 
@@ -22,6 +24,17 @@ class DeviceUnavailable(Exception):
 
 class GenotypeUnavailable(Exception):
     """A genotype that cannot be read or built; one line that says why."""
+
+
+# What the user can mend; each is one line.
+FAILURES = (
+    DataUnavailable,
+    RunFolderError,
+    DeviceUnavailable,
+    GenotypeUnavailable,
+    NetworkUnavailable,
+    ExportFailed,
+)
 
 
 def choose_device(name: str, threads: int | None) -> torch.device:
@@ -40,9 +53,10 @@ def run_command(run: Callable[[Config, Console], Any], config: Config) -> None:
     """Run a command; a failure the user can mend ends the process with one line and status 1."""
     try:
         run(config, Console())
-    except (DataUnavailable, RunFolderError, DeviceUnavailable, GenotypeUnavailable) as error:
+    except FAILURES as error:
         sys.exit(str(error))
     except ConfigError as error:
         sys.exit(f"--{error.field.replace('_', '-')}: {error.reason}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; --resume continues after the last finished epoch")
+        resumable = isinstance(config, SearchConfig | RetrainConfig)
+        sys.exit("interrupted" + "; --resume continues after the last finished epoch" * resumable)

@@ -26,12 +26,31 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Where networks run: with precision "bfloat16" under autocast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def logits_of(model: nn.Module, images: Tensor, precision: str) -> Tensor:
     """model(images) or, with precision "bfloat16", the same under autocast and back in float32."""
-    if precision != "bfloat16":
-        return model(images)
-    with torch.autocast(images.device.type, torch.bfloat16):
-        return model(images).float()
+    with autocast(images.device, precision):
+        logits = model(images)
+    return logits.float() if precision == "bfloat16" else logits
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, *, grad_clip: float) -> None:
+    """One step down the gradient of the loss, that clipped to a norm of `grad_clip`; 0 clips nothing."""
+    optimizer.zero_grad()
+    loss.backward()
+    if grad_clip > 0:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        nn.utils.clip_grad_norm_(weights, grad_clip, foreach=True)
+    optimizer.step()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of images whose largest logit is that of their class."""
+    return (logits.argmax(1) == labels).float().mean()
 
 
 def weight_step(
@@ -46,13 +65,8 @@ def weight_step(
     """One step on the cross-entropy; detached scalars train_loss, train_accuracy. A grad_clip of 0 clips nothing."""
     logits = logits_of(model, images, precision)
     loss = F.cross_entropy(logits, labels)
-    optimizer.zero_grad()
-    loss.backward()
-    if grad_clip > 0:
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        nn.utils.clip_grad_norm_(weights, grad_clip, foreach=True)
-    optimizer.step()
-    return {"train_loss": loss.detach(), "train_accuracy": (logits.detach().argmax(1) == labels).float().mean()}
+    descend(optimizer, loss, grad_clip=grad_clip)
+    return {"train_loss": loss.detach(), "train_accuracy": accuracy(logits.detach(), labels)}
 
 
 @torch.no_grad()

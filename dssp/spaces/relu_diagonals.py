@@ -63,4 +63,4 @@ def _gather(x: Tensor) -> Tensor:
 def _empty(like: Tensor, *shape: int) -> Tensor:
     channels_last = like.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last and not like.is_contiguous() else torch.contiguous_format
-    return torch.empty((len(like), *shape), dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty((like.shape[0], *shape), dtype=like.dtype, device=like.device, memory_format=layout)
