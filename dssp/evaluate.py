@@ -42,6 +42,8 @@ def run(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         highlight=False,
         soft_wrap=True,
     )
+    if data.classes != trained.classes:
+        console.print("The classes have other names than those the network was trained on", highlight=False)
     return {"dataset": data.name, "images": len(test), "test_loss": loss, "test_accuracy": accuracy}
 
 

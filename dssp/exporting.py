@@ -80,7 +80,12 @@ def _run_saved(content: bytes, images: Tensor) -> Tensor:
 def _onnx(program: torch.export.ExportedProgram, trained: TrainedNetwork) -> bytes:
     _require("onnx", "onnxscript")
     exported = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False, external_data=False
+        program,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),  # names the dimension
+        verbose=False,
     )
     assert exported is not None
     exported.model.metadata_props[DESCRIPTION] = json.dumps(trained.description())

@@ -97,33 +97,40 @@ def load_trained(path: Path) -> TrainedNetwork:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        return _built(torch.load(path, map_location="cpu", weights_only=True))
+        return _built(_checked(torch.load(path, map_location="cpu", weights_only=True)))
     except FileNotFoundError:
         raise NetworkUnavailable(f"{path}: no such file; a retraining writes it when it ends") from None
     except UNREADABLE as error:
-        reason = str(error).split("\n")[0][:200]
+        not_plain = isinstance(error, pickle.UnpicklingError)  # torch explains that at length
+        reason = "it holds more than tensors and plain values" if not_plain else str(error).split("\n")[0][:200]
         raise NetworkUnavailable(f"{path}: not the file of a trained network, or damaged ({reason})") from None
 
 
-def _built(content: object) -> TrainedNetwork:
-    """The network that a file describes. Raises ValueError naming the entry that is wrong."""
+def _checked(content: object) -> dict[str, Any]:
+    """What a file holds, each entry of its type and within its bounds. Raises ValueError naming the one that is not."""
     if not isinstance(content, dict) or set(content) != set(TYPES):
         raise ValueError(f"expected the entries {', '.join(TYPES)}")
     for name, expected in TYPES.items():
-        if not isinstance(content[name], expected) or isinstance(content[name], bool):
+        if not isinstance(content[name], expected):
             raise ValueError(f"{name}: expected {expected.__name__}, got {type(content[name]).__name__}")
     if not content["classes"] or not all(isinstance(label, str) for label in content["classes"]):
         raise ValueError("classes: expected names, at least one")
     shape = content["image_shape"]
-    sizes = [("channels", content["channels"]), ("cells", content["cells"]), *(("image_shape", size) for size in shape)]
-    for name, size in sizes:
-        if type(size) is not int or not 1 <= size <= LARGEST[name] or len(shape) != 3:
-            raise ValueError(f"{name}: expected sizes from 1 to {LARGEST[name]}, got {content[name]!r}")
+    if len(shape) != 3:
+        raise ValueError(f"image_shape: expected channels, height and width, got {len(shape)} entries")
+    for name, sizes in {"channels": [content["channels"]], "cells": [content["cells"]], "image_shape": shape}.items():
+        if not all(type(size) is int and 1 <= size <= LARGEST[name] for size in sizes):
+            raise ValueError(f"{name}: expected whole numbers from 1 to {LARGEST[name]}, got {content[name]!r}")
     for name in ("mean", "std"):
         _check_tensor(name, content[name], torch.empty(shape[0]))
     if not (content["mean"].isfinite().all() and content["std"].isfinite().all() and (content["std"] > 0).all()):
         raise ValueError("mean, std: expected finite numbers, std above 0")
-    genotype = genotype_from_dict(content["genotype"])
+    return content
+
+
+def _built(content: dict[str, Any]) -> TrainedNetwork:
+    """The network that a file describes. Raises ValueError if genotype, sizes and weights do not fit together."""
+    genotype, (image_channels, height, width) = genotype_from_dict(content["genotype"]), content["image_shape"]
     with torch.device("meta"):  # no memory yet for what the file only claims to hold
         network = DerivedNetwork(
             get_space(content["space"]),
@@ -131,7 +138,7 @@ def _built(content: object) -> TrainedNetwork:
             channels=content["channels"],
             cells=content["cells"],
             classes=len(content["classes"]),
-            image_channels=shape[0],
+            image_channels=image_channels,
         )
     weights, expected_weights = content["state_dict"], network.state_dict()
     if weights.keys() != expected_weights.keys():
@@ -147,7 +154,7 @@ def _built(content: object) -> TrainedNetwork:
         content["channels"],
         content["cells"],
         tuple(content["classes"]),
-        (shape[0], shape[1], shape[2]),
+        (image_channels, height, width),
         content["mean"],
         content["std"],
     )
