@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ def export_network(trained: TrainedNetwork, format: str) -> tuple[bytes, float]:
     Either takes float32 [B, C, H, W] for any B, normalised, and holds plain convolutions only, so that it runs without
     this package. Raises ExportFailed if what ONNX needs is not installed, or the file computes something else.
     """
+    if format == "onnx":
+        _require("onnx", "onnxscript", "onnxruntime")
     traced, tried = (torch.randn(batch, *trained.image_shape) for batch in BATCHES)
     program = _program(trained.network, traced)
     content = _saved(program, trained) if format == "torch" else _onnx(program, trained)
@@ -78,7 +80,6 @@ def _run_saved(content: bytes, images: Tensor) -> Tensor:
 
 
 def _onnx(program: torch.export.ExportedProgram, trained: TrainedNetwork) -> bytes:
-    _require("onnx", "onnxscript")
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -93,7 +94,6 @@ def _onnx(program: torch.export.ExportedProgram, trained: TrainedNetwork) -> byt
 
 
 def _run_onnx(content: bytes, images: Tensor) -> Tensor:
-    _require("onnxruntime")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -102,8 +102,6 @@ def _run_onnx(content: bytes, images: Tensor) -> Tensor:
 
 
 def _require(*packages: str) -> None:
-    import importlib.util
-
-    missing: Any = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportFailed(f'onnx: {", ".join(missing)} not installed; pip install "dssp[export]"')
