@@ -127,7 +127,7 @@ def test_wrong_entry_is_named(path: Path, entry: str, value: Any, said: str) -> 
     assert said in refusal(path)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_changed_pickle_with_right_checksums_is_read_or_refused(path: Path, seed: int) -> None:
     chance = random.Random(seed)
     with zipfile.ZipFile(path) as archive:
