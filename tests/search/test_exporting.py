@@ -20,20 +20,19 @@ from dssp_kernels import get_backend
 from tests.search.trained import ARCH, EVERY_OPERATION, small_trained
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not ONNX, reason='needs pip install "dssp[export]"')
+GENOTYPES = pytest.mark.parametrize(
+    "genotype",
+    [pytest.param(EVERY_OPERATION, id="darts", marks=pytest.mark.slow), pytest.param(ARCH, id="nasbench201")],
+)
 
-# Without our packages, and told nothing but the files and where the images and the logits are.
 STRANGER = """
 import sys
-sys.modules["dssp"] = sys.modules["dssp_kernels"] = None
+sys.modules["dssp"] = sys.modules["dssp_kernels"] = None  # importing them fails
 import torch
 images, logits = torch.load("batch.pt")
-for program in sys.argv[1:]:
-    if program.endswith(".pt2"):
-        found = torch.export.load(program).module()(images)
-    else:
-        import onnxruntime
-        found = torch.from_numpy(onnxruntime.InferenceSession(program).run(None, {"images": images.numpy()})[0])
-    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+found = torch.export.load("network.pt2").module()(images)
+torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 """
 
 
@@ -44,19 +43,32 @@ def exported(genotype: AnyGenotype, format: str) -> bytes:
     return content
 
 
+def batch(genotype: AnyGenotype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images, and what the network says of them."""
+    images = torch.randn(7, 3, 9, 9)
+    with torch.no_grad():
+        return images, small_trained(genotype).network(images)
+
+
 @pytest.mark.parametrize(
     "genotype",
     [pytest.param(EVERY_OPERATION, id="darts"), pytest.param(ARCH, id="nasbench201", marks=pytest.mark.slow)],
 )
-def test_exported_files_run_without_this_package_on_any_batch(genotype: AnyGenotype, tmp_path: Path) -> None:
-    images, network = torch.randn(7, 3, 9, 9), small_trained(genotype).network
-    with torch.no_grad():
-        torch.save((images, network(images)), tmp_path / "batch.pt")
-    files = {"network.pt2": "torch", "network.onnx": "onnx"} if ONNX else {"network.pt2": "torch"}
-    for file, format in files.items():
-        (tmp_path / file).write_bytes(exported(genotype, format))
-    done = subprocess.run([sys.executable, "-c", STRANGER, *files], cwd=tmp_path, capture_output=True, text=True)
+def test_exported_program_runs_without_this_package_on_any_batch(genotype: AnyGenotype, tmp_path: Path) -> None:
+    torch.save(batch(genotype), tmp_path / "batch.pt")
+    (tmp_path / "network.pt2").write_bytes(exported(genotype, "torch"))
+    done = subprocess.run([sys.executable, "-c", STRANGER], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@needs_onnx
+@GENOTYPES
+def test_onnx_file_computes_the_network_on_any_batch(genotype: AnyGenotype) -> None:
+    import onnxruntime
+
+    images, logits = batch(genotype)
+    (found,) = onnxruntime.InferenceSession(exported(genotype, "onnx")).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), logits, rtol=1e-4, atol=1e-5)
 
 
 def test_program_holds_plain_operators_and_its_description() -> None:
@@ -67,17 +79,18 @@ def test_program_holds_plain_operators_and_its_description() -> None:
     assert targets and not [name for name in targets if "dssp" in name or "copy_" in name]
 
 
-@pytest.mark.skipif(not ONNX, reason='needs pip install "dssp[export]"')
-def test_onnx_names_its_batch_and_holds_its_description() -> None:
+@needs_onnx
+@GENOTYPES
+def test_onnx_model_is_plain_names_its_batch_and_holds_its_description(genotype: AnyGenotype) -> None:
     import onnx
 
-    model = onnx.load_from_string(exported(EVERY_OPERATION, "onnx"))
+    model = onnx.load_from_string(exported(genotype, "onnx"))
     onnx.checker.check_model(model, full_check=True)
     (images,), (logits,) = model.graph.input, model.graph.output
     dimensions = [size.dim_param or size.dim_value for size in images.type.tensor_type.shape.dim]
     assert (images.name, dimensions, logits.name) == ("images", ["batch", 3, 9, 9], "logits")
     description = {entry.key: entry.value for entry in model.metadata_props}[exporting.DESCRIPTION]
-    assert json.loads(description) == small_trained().description()
+    assert json.loads(description) == small_trained(genotype).description()
     assert {node.domain for node in model.graph.node} == {""}
     assert "ScatterND" not in {node.op_type for node in model.graph.node}
 
