@@ -39,7 +39,7 @@ torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 @cache
 def exported(genotype: AnyGenotype, format: str) -> bytes:
     content, difference = export_network(small_trained(genotype), format)
-    assert difference < 1e-5 and get_backend() == "auto"
+    assert difference < 1e-4 and get_backend() == "auto"
     return content
 
 
@@ -99,7 +99,9 @@ def test_file_that_computes_something_else_is_refused(monkeypatch: pytest.Monkey
     wrong = small_trained(ARCH, seed=1).network
     program = exporting._program
     monkeypatch.setattr(exporting, "_program", lambda network, images: program(wrong, images))
-    with pytest.raises(ExportFailed, match=r"the exported network differs by \d.\de[+-]\d\d, its largest logit is"):
+    with pytest.raises(
+        ExportFailed, match=r"the exported network's logits are \d.\de[+-]\d\d off, at most \d.\de-\d\d is"
+    ):
         export_network(small_trained(ARCH), "torch")
 
 

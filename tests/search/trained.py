@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from dssp.arch_genotype import ArchGenotype
 from dssp.genotype import AnyGenotype, Genotype
@@ -20,10 +21,13 @@ ARCH = ArchGenotype.from_text("|nor_conv_3x3~0|+|none~0|avg_pool_3x3~1|+|skip_co
 
 
 def small_trained(genotype: AnyGenotype = EVERY_OPERATION, size: int = 9, seed: int = 0) -> TrainedNetwork:
-    """Random weights, and statistics of norms that are not those of a fresh network."""
+    """Random weights, and norms with the statistics of a batch: with their first ones little reaches the logits."""
     torch.manual_seed(seed)
     cells = 3 if genotype.space == "darts" else 1
     network = DerivedNetwork(get_space(genotype.space), genotype, channels=4, cells=cells, classes=3)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
     network(torch.randn(16, 3, size, size))
     mean, std = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
     classes, shape = ("ant", "bee", "cat"), (3, size, size)
