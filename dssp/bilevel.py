@@ -13,7 +13,7 @@ from dssp.architect import Architect
 from dssp.benchmark import Benchmark
 from dssp.capture import CapturedStep
 from dssp.config import SearchConfig
-from dssp.data import DataSet, generator_of
+from dssp.data import DataSet, keyed_generator
 from dssp.genotype import AnyGenotype
 from dssp.held_out import held_out_logits, held_out_losses
 from dssp.methods import METHODS
@@ -96,7 +96,7 @@ class BilevelSearch:
 
     def _batches(self, epoch: int, first: int) -> Iterator[Step]:
         order: dict[str, Any] = {"epoch": epoch, "seed": self.config.seed, "train": True, "first": first}
-        chance = generator_of(self.config.seed, epoch, "noise")
+        chance = keyed_generator(self.config.seed, epoch, "noise")
         for _ in range(first):
             self.method.noise(chance, epoch)
         train = self.data.train.batches(self.config.batch_size, **order)

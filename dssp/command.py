@@ -11,14 +11,16 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from rich.console import Console
 
-from dssp.config import ConfigError, RetrainConfig, SearchConfig
+from dssp.config import ConfigError
 from dssp.data import DataUnavailable
 from dssp.engine import Diverged, Interrupted
+from dssp.exporting import ExportFailed
 from dssp.interruption import RESUME_ME, on_signals
 from dssp.memory import OutOfMemory, memory_named
 from dssp.run_folder import RunFolderError
+from dssp.trained import NetworkUnavailable
 
-Config = TypeVar("Config", SearchConfig, RetrainConfig)
+Config = TypeVar("Config")
 
 
 class DeviceUnavailable(Exception):
@@ -27,6 +29,18 @@ class DeviceUnavailable(Exception):
 
 class GenotypeUnavailable(Exception):
     """A genotype that cannot be read or built; one line that says why."""
+
+
+# What the user can mend; each is one line.
+FAILURES = (
+    DataUnavailable,
+    RunFolderError,
+    DeviceUnavailable,
+    GenotypeUnavailable,
+    NetworkUnavailable,
+    ExportFailed,
+    OutOfMemory,
+)
 
 
 def choose_device(name: str, threads: int | None) -> torch.device:
@@ -44,21 +58,20 @@ def choose_device(name: str, threads: int | None) -> torch.device:
 def run_command(run: Callable[[Config, Console], Any], config: Config) -> None:
     """Run a command; a failure the user can mend ends the process with one line and status 1, a signal with 75."""
     try:
-        with on_signals(_interrupt), _quiet_writers(), memory_named("start", config.batch_size):
+        with on_signals(_interrupt), _quiet_writers(), memory_named("start", getattr(config, "batch_size", None)):
             run(config, Console())
-    except (DataUnavailable, RunFolderError, DeviceUnavailable, GenotypeUnavailable) as error:
+    except FAILURES as error:
         sys.exit(str(error))
     except ConfigError as error:
         sys.exit(f"--{error.field.replace('_', '-')}: {error.reason}")
     except Diverged as error:
         sys.exit(f"{error}; the last checkpoint is kept. Lower the learning rate or use --precision float32")
-    except OutOfMemory as error:
-        sys.exit(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(f"{where}{error.strerror or error}; what was saved before is intact and --resume continues from it")
     except Interrupted as error:
-        print(f"stopped by {error}; --resume continues where it stopped", file=sys.stderr)
+        resumes = "; --resume continues where it stopped" if hasattr(config, "resume") else ""
+        print(f"stopped by {error}{resumes}", file=sys.stderr)
         sys.exit(RESUME_ME)
 
 

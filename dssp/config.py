@@ -1,4 +1,4 @@
-"""Configuration of a search and of a retraining: frozen dataclasses, and the command line built from them."""
+"""Configuration of the commands: frozen dataclasses, and the command line built from them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+# What DARTS trains its networks with on CIFAR (arXiv:1806.09055, appendix A.1.2); elsewhere these fields are 0.
+DARTS_RECIPE: dict[str, float] = {"cutout": 16, "auxiliary_weight": 0.4, "drop_path": 0.2}
 
 # What a None stands for, by data set: field -> (digits, all others). Fields are typed as what resolve() makes of them.
 PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
@@ -39,6 +42,7 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "channels": (16, 36),
         "cells": (3, 20),
         "threads": (1, None),
+        **dict.fromkeys(DARTS_RECIPE, (0, None)),  # None: by space too, see RetrainConfig
     },
 }
 
@@ -94,12 +98,49 @@ def option(default: Any, help: str, group: str, *, low: float | None = None, hig
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "low": low, "high": high})
 
 
-C = TypeVar("C", bound="_Config")
+C = TypeVar("C", bound="_Fields")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Config:
-    """What every command shares. Raises ConfigError (a ValueError) for a value that cannot be."""
+class _Fields:
+    """What every configuration can do. Raises ConfigError (a ValueError) for a value that cannot be."""
+
+    def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
+        presets = _preset_names(type(self))
+        for field in dataclasses.fields(self):
+            value = _checked(field, types[field.name], getattr(self, field.name), field.name in presets)
+            object.__setattr__(self, field.name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[C], fields: object) -> C:
+        """The configuration that `to_dict` wrote. Raises ValueError naming the field that is unknown or wrong."""
+        if not isinstance(fields, dict):
+            raise ValueError(f"configuration: expected an object, got {type(fields).__name__}")
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise ConfigError(str(name), f"unknown field, expected one of {', '.join(known)}")
+        for name, field in known.items():
+            if field.default is dataclasses.MISSING and name not in fields:
+                raise ConfigError(name, "missing")
+        return cls(**fields)
+
+    def resolve(self: C) -> C:
+        """A copy in which every None that has a preset for the space or the data set is filled."""
+        return dataclasses.replace(self, **{k: v for k, v in self._presets().items() if getattr(self, k) is None})
+
+    def _presets(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config(_Fields):
+    """What search and retraining share."""
 
     dataset: Literal["digits", "cifar10", "cifar100", "imagefolder", "fake"] = option(
         "digits", "images to learn from", "data"
@@ -138,37 +179,10 @@ class _Config:
     workers: int = option(2, "threads that decode the images of an image folder", "run", low=1)
 
     def __post_init__(self) -> None:
-        types = get_type_hints(type(self))
-        presets = _preset_names(type(self))
-        for field in dataclasses.fields(self):
-            value = _checked(field, types[field.name], getattr(self, field.name), field.name in presets)
-            object.__setattr__(self, field.name, value)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        super().__post_init__()
+        _check_device(self.device)
         if self.image_size is not None and self.dataset not in RESIZED:
             raise ConfigError("image_size", f"only {' and '.join(RESIZED)} are resized, got dataset {self.dataset}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls: type[C], fields: object) -> C:
-        """The configuration that `to_dict` wrote. Raises ValueError naming the field that is unknown or wrong."""
-        if not isinstance(fields, dict):
-            raise ValueError(f"configuration: expected an object, got {type(fields).__name__}")
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ConfigError(str(name), f"unknown field, expected one of {', '.join(known)}")
-        for name, field in known.items():
-            if field.default is dataclasses.MISSING and name not in fields:
-                raise ConfigError(name, "missing")
-        return cls(**fields)
-
-    def resolve(self: C) -> C:
-        """A copy in which every None that has a preset for the space or the data set is filled."""
-        return dataclasses.replace(self, **{k: v for k, v in self._presets().items() if getattr(self, k) is None})
 
     def _presets(self) -> dict[str, Any]:
         column, kind = 0 if self.dataset == "digits" else 1, type(self).__name__
@@ -296,6 +310,80 @@ class RetrainConfig(_Config):
     momentum: float = option(0.9, "momentum", "training", low=0, high=1)
     weight_decay: float = option(3e-4, "weight decay", "training", low=0)
     grad_clip: float = option(5.0, "largest gradient norm; 0 = no clipping", "training", low=0)
+    cutout: int = option(
+        None,
+        "side in pixels of the square cut out of every training image; 0 = none (space darts on CIFAR: 16, else 0)",
+        "training",
+        low=0,
+    )
+    auxiliary_weight: float = option(
+        None,
+        "weight of the loss of an auxiliary head at 2/3 of the network, in training only; 0 = no such head "
+        "(space darts on CIFAR: 0.4, else 0)",
+        "training",
+        low=0,
+    )
+    drop_path: float = option(
+        None,
+        "probability that an operation is left out for an image, rising linearly from 0 over the epochs "
+        "(space darts on CIFAR: 0.2, else 0)",
+        "training",
+        low=0,
+        high=1,
+    )
+    label_smoothing: float = option(
+        0.0, "share of the target that is spread over all classes (ImageNet: 0.1 is usual)", "training", low=0, high=1
+    )
+    ema_decay: float = option(
+        0.0,
+        "decay per step of a moving average of weights and buffers, which is tested and kept instead of the last "
+        "weights (0.9999 is usual); 0 = no average",
+        "training",
+        low=0,
+        high=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.space == "nasbench201" and self.auxiliary_weight:
+            raise ConfigError(
+                "auxiliary_weight", f"space nasbench201 has no auxiliary head, expected 0, got {self.auxiliary_weight}"
+            )
+
+    def _presets(self) -> dict[str, Any]:
+        """The presets of the data set, and DARTS' recipe where DARTS has one."""
+        applies = self.space == "darts" and self.dataset in ("cifar10", "cifar100")
+        return {**super()._presets(), **(DARTS_RECIPE if applies else {k: 0 * v for k, v in DARTS_RECIPE.items()})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(_Fields):
+    """Everything that decides an evaluation."""
+
+    run_dir: str = option(dataclasses.MISSING, "run folder of a retraining, or of a search that retrained", "run")
+    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder", "fake"] | None = option(
+        None, "images to test on; default: those of the run", "data"
+    )
+    data_path: str | None = option(None, "where they are; default: where those of the run were", "data")
+    batch_size: int = option(256, "images per step", "data", low=1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", "run")
+    threads: int | None = option(None, "CPU threads; default: torch's choice", "run", low=1)
+    workers: int = option(2, "threads that decode the images of an image folder", "run", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(_Fields):
+    """Everything that decides an export."""
+
+    run_dir: str = option(dataclasses.MISSING, "run folder of a retraining, or of a search that retrained", "run")
+    format: Literal["torch", "onnx"] = option(
+        dataclasses.MISSING, "torch: what torch.export saves (.pt2); onnx: what ONNX runtimes load", "run"
+    )
+    out: str = option(dataclasses.MISSING, "the file to write", "run")
 
 
 def parse_search(argv: Sequence[str] | None = None) -> SearchConfig:
@@ -310,18 +398,37 @@ def parse_retrain(argv: Sequence[str] | None = None) -> RetrainConfig:
     return _parse(RetrainConfig, "dssp.retrain", "Train the network of a genotype from scratch and test it.", argv)
 
 
-def _preset_names(config: type[_Config]) -> set[str]:
+def parse_evaluate(argv: Sequence[str] | None = None) -> EvaluateConfig:
+    """The configuration on the command line of `python -m dssp.evaluate`; a bad one ends the process with one line."""
+    return _parse(EvaluateConfig, "dssp.evaluate", "Test a trained network.", argv)
+
+
+def parse_export(argv: Sequence[str] | None = None) -> ExportConfig:
+    """The configuration on the command line of `python -m dssp.export`; a bad one ends the process with one line."""
+    return _parse(ExportConfig, "dssp.export", "Write a trained network as a file that other programs run.", argv)
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {device!r}")
+
+
+def _preset_rows(config: type[_Fields]) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """The presets by data set (under "") and those that a space has of its own."""
+    name = config.__name__
+    return {"": PRESETS.get(name, {}), **SPACE_PRESETS.get(name, {})}
+
+
+def _preset_names(config: type[_Fields]) -> set[str]:
     """The fields that may be left to resolve()."""
-    name = config.__name__
-    return {field for presets in (PRESETS[name], *SPACE_PRESETS[name].values()) for field in presets}
+    return {field for presets in _preset_rows(config).values() for field in presets}
 
 
-def _preset_help(config: type[_Config], field: str) -> str:
+def _preset_help(config: type[_Fields], field: str) -> str:
     """The presets of a field, where there are any: by data set, then those that a space has of its own."""
-    name = config.__name__
     parts = []
-    rows = {"": PRESETS[name].get(field), **{space: own.get(field) for space, own in SPACE_PRESETS[name].items()}}
-    for space, values in rows.items():
+    for space, presets in _preset_rows(config).items():
+        values = presets.get(field)
         if values is not None and None not in values:  # where one is None, the help says it
             digits, others = values
             shown = f"digits {digits}, others {others}" if digits != others else f"default {digits}"

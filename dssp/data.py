@@ -95,6 +95,7 @@ class Split:
     indices           which of them belong to the split, int64 [n] on the CPU
     mean, std         per channel, float32 [C] on the device, in units of the stored pixels
     padding, flip     augmentation: shift by up to `padding` pixels (zeros move in); mirror every second image
+    cutout            augmentation: side in pixels of the square that is cut out of each image; 0: none is
     """
 
     name: str
@@ -105,6 +106,7 @@ class Split:
     std: Tensor
     padding: int
     flip: bool
+    cutout: int = 0
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -126,23 +128,25 @@ class Split:
             for pixels, targets in zip(self.store.fetch(self.indices, batch_size), labels, strict=True):
                 yield self._normalised(pixels), targets
             return
-        generator = generator_of(seed, epoch, self.name)
+        generator = keyed_generator(seed, epoch, self.name)
         used = len(self) - len(self) % batch_size or len(self)
         order = self.indices[torch.randperm(len(self), generator=generator)[:used]]
         shifts = torch.randint(-self.padding, self.padding + 1, (used, 2), generator=generator)
         flips = (torch.rand(used, generator=generator) < 0.5) & self.flip
+        centres = torch.randint(2**31, (used, 2), generator=generator)  # modulo the size, which only the images know
         if first * batch_size >= used:
             return
-        order, shifts, flips = (part[first * batch_size :] for part in (order, shifts, flips))
+        order, shifts, flips, centres = (part[first * batch_size :] for part in (order, shifts, flips, centres))
         device = self.labels.device  # the plan of an epoch goes there in one piece
-        plan = (self.labels[order.to(device)], shifts.to(device), flips.to(device))
+        plan = (self.labels[order.to(device)], shifts.to(device), flips.to(device), centres.to(device))
         planned = zip(*(part.split(batch_size) for part in plan), strict=True)
-        for pixels, (targets, shift, flip) in zip(self.store.fetch(order, batch_size), planned, strict=True):
-            yield self._normalised(_shifted(pixels, shift, flip)), targets
+        for pixels, (targets, shift, flip, centre) in zip(self.store.fetch(order, batch_size), planned, strict=True):
+            images = self._normalised(_shifted(pixels, shift, flip))
+            yield _cut_out(images, centre, self.cutout) if self.cutout else images, targets
 
     def sample(self, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
         """``count`` images as they are (or all, if there are fewer) and their labels, drawn at random by seed."""
-        drawn = torch.randperm(len(self), generator=generator_of(seed, "sample", self.name))[:count]
+        drawn = torch.randperm(len(self), generator=keyed_generator(seed, "sample", self.name))[:count]
         return next(replace(self, indices=self.indices[drawn]).batches(count, epoch=0, seed=seed, train=False))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
@@ -170,7 +174,7 @@ class DataSet:
         """The same with ``count`` images in `train` and `valid` together, drawn at random by seed. All, if fewer."""
 
         def part(half: Split, size: int) -> Split:
-            drawn = torch.randperm(len(half), generator=generator_of(seed, "limited", half.name))[:size]
+            drawn = torch.randperm(len(half), generator=keyed_generator(seed, "limited", half.name))[:size]
             return replace(half, indices=half.indices[drawn].sort().values)
 
         return replace(self, train=part(self.train, count - count // 2), valid=part(self.valid, count // 2))
@@ -231,7 +235,7 @@ def _load_digits(seed: int, device: torch.device) -> DataSet:
 
 def _load_fake(size: int, seed: int, device: torch.device) -> DataSet:
     """Noise over a coarse pattern of 4x4 patches that the class decides."""
-    images, classes, generator = 1024, 10, generator_of("fake images")
+    images, classes, generator = 1024, 10, keyed_generator("fake images")
     labels = torch.arange(images) % classes
     patterns = torch.randint(0, 128, (classes, 4, 4, 3), generator=generator, dtype=torch.uint8)
     patch = torch.arange(size) * 4 // size
@@ -324,7 +328,7 @@ def _assemble(
         raise DataUnavailable(
             f"{name}: image {wrong[0]} has label {labels[wrong[0]]}, expected 0 to {len(classes) - 1}; mend its labels"
         )
-    order = pool[_stratified(labels[pool], generator_of(seed, "halves"))]
+    order = pool[_stratified(labels[pool], keyed_generator(seed, "halves"))]
     parts = {"train": order[0::2], "valid": order[1::2], "train_valid": pool, "test": test}
     mean, std = statistics or _statistics(store, pool)
     mean, std, labels = mean.to(device), std.to(device), labels.to(device)
@@ -336,10 +340,10 @@ def _assemble(
     return DataSet(name, classes, (channels, height, width), **splits)
 
 
-def generator_of(*key: int | str) -> torch.Generator:
-    """A CPU generator that depends on every part of `key`: (1, 2) and (2, 1) are unrelated."""
+def keyed_generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator that depends on every part of `key`: (1, 2) and (2, 1) are unrelated."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 
 def _stratified(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -350,7 +354,7 @@ def _stratified(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 def _held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     """(training images, test images): the same fifth of each class whatever the seed."""
-    order = _stratified(labels, generator_of("test split"))
+    order = _stratified(labels, keyed_generator("test split"))
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     is_test[order[::TEST_SHARE]] = True
     return torch.nonzero(~is_test).flatten(), torch.nonzero(is_test).flatten()
@@ -379,6 +383,19 @@ def _shifted(pixels: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
     image = torch.arange(batch, device=device)[:, None, None]
     return pixels[image, rows[:, :, None], columns[:, None, :]] * inside.unsqueeze(-1)
+
+
+def _cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Sets a square of side x side pixels of each image to 0, the mean pixel, in place; returns the images.
+
+    The square lies around centres [B, 2] (row and column, modulo the size) and may reach beyond the border: Cutout,
+    DeVries and Taylor 2017, arXiv:1708.04552. Of an even side, one pixel more lies before the centre, as in DARTS.
+    """
+    masks = []
+    for axis, size in enumerate(images.shape[2:]):
+        offsets = torch.arange(size, device=images.device) - centres[:, axis, None] % size  # [B, size]
+        masks.append((offsets >= -(side // 2)) & (offsets < side - side // 2))
+    return images.masked_fill_((masks[0][:, :, None] & masks[1][:, None, :])[:, None], 0.0)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -16,15 +16,16 @@ class OutOfMemory(Exception):
 
 
 @contextmanager
-def memory_named(work: str, batch_size: int, prefix: str = "--") -> Iterator[None]:
+def memory_named(work: str, batch_size: int | None, prefix: str = "--") -> Iterator[None]:
     """Errors of allocations inside become OutOfMemory; the flags that help begin with ``prefix``."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        where = "" if batch_size is None else f" at batch size {batch_size}"
         raise OutOfMemory(
-            f"{work}: out of memory at batch size {batch_size} ({_peak()}); lower {prefix}batch-size or "
+            f"{work}: out of memory{where} ({_peak()}); lower {prefix}batch-size or "
             f"{prefix}channels, or use --precision bfloat16. Checkpoints are intact"
         ) from error
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dssp.genotype import AnyGenotype, Cell
 from dssp.spaces import CellSpace
 from dssp.spaces import skeleton as skeletons
-from dssp.spaces.operations import build_operation
-from dssp.spaces.skeleton import BuildEdges, Edges
+from dssp.spaces.auxiliary import AuxiliaryHead
+from dssp.spaces.operations import Identity, build_operation
+from dssp.spaces.skeleton import BuildEdges, Edges, Tap
 
 
 class CellNetwork(nn.Module):
@@ -38,7 +39,7 @@ class CellNetwork(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}: got {size}, expected at least 1")
         skeleton = space.skeleton(edges, channels=channels, cells=cells, image_channels=image_channels, affine=affine)
-        self._inputs = skeleton.inputs
+        self._inputs, self.tap = skeleton.inputs, skeleton.tap
         self.stem = skeleton.stem
         self.cells = nn.ModuleList(skeleton.cells)
         self.lastact = skeleton.last
@@ -46,36 +47,85 @@ class CellNetwork(nn.Module):
 
     def logits(self, images: Tensor, architecture: Mapping[str, tuple[Any, ...]]) -> Tensor:
         """[B, image_channels, H, W] -> [B, classes]; `architecture` holds per cell type what its edges are given."""
-        states = [self.stem(images)] * self._inputs
-        for cell in self.cells:
+        return self.classify(self.features(images, architecture)[0])
+
+    def features(
+        self, images: Tensor, architecture: Mapping[str, tuple[Any, ...]], *, tap: Tap | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the last cell puts out, and beside it what the cell of `tap` does."""
+        states, tapped = [self.stem(images)] * self._inputs, None
+        for position, cell in enumerate(self.cells):
             if isinstance(cell, skeletons.Cell):
                 state = cell(*states, architecture=architecture.get(cell.cell_type, ()))
             else:
                 state = cell(*states)
             states = [*states[1:], state]
-        return self.classifier(self.lastact(states[-1]).mean((2, 3)))
+            if tap is not None and position == tap.position:
+                tapped = state
+        return states[-1], tapped
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The logits of what the last cell puts out."""
+        return self.classifier(self.lastact(features).mean((2, 3)))
+
+
+class DropPath:
+    """Leaves operations out at random in training (FractalNet, arXiv:1605.07648), each image for itself:
+
+        y[b] = x[b] * z[b] / (1 - p)          z[b] = 1 with probability 1 - p, else 0
+
+    `probability` is p in [0, 1); `generator` what z is drawn from, on the device of the network (None: torch's own).
+    """
+
+    def __init__(self) -> None:
+        self.probability = 0.0
+        self.generator: torch.Generator | None = None
+
+    def scales(self, operations: int, like: Tensor) -> Tensor:
+        """z / (1 - p) for so many operations on a batch as large as that of `like`: [operations, B, 1, 1, 1]."""
+        keep = 1.0 - self.probability
+        shape = (operations, like.shape[0], 1, 1, 1)
+        return like.new_empty(shape).bernoulli_(keep, generator=self.generator).div_(keep)
 
 
 class DerivedEdges(Edges):
     """One operation per edge; a node sums its edges.
 
     nodes: per node its edges (operation, source state); concat: the states that are the cell's output. A node without
-    edges is zero, and has the size of the cell's inputs.
+    edges is zero, and has the size of the cell's inputs. `drop_path` acts on all operations but the skip connection of
+    stride 1, as in DARTS.
     """
 
-    def __init__(self, nodes: Cell, concat: tuple[int, ...], *, inputs: int, channels: int, stride: int) -> None:
+    def __init__(
+        self,
+        nodes: Cell,
+        concat: tuple[int, ...],
+        *,
+        inputs: int,
+        channels: int,
+        stride: int,
+        drop_path: DropPath | None = None,
+    ) -> None:
         super().__init__(
             build_operation(name, channels, stride if source < inputs else 1) for node in nodes for name, source in node
         )
         self.sources = [[source for _, source in node] for node in nodes]
         self.concat = concat
+        self.drop_path = drop_path or DropPath()
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        states, operations = list(inputs), iter(self)
+        dropping = self.training and self.drop_path.probability > 0
+        scales = self.drop_path.scales(len(self), inputs[0]) if dropping else [None] * len(self)
+        states, operations = list(inputs), zip(self, scales, strict=True)
         for sources in self.sources:
-            terms = [next(operations)(states[source]) for source in sources]
+            terms = [_scaled(*next(operations), states[source]) for source in sources]
             states.append(sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(inputs[0]))
         return states
+
+
+def _scaled(operation: nn.Module, scale: Tensor | None, x: Tensor) -> Tensor:
+    y = operation(x)
+    return y if scale is None or isinstance(operation, Identity) else y * scale
 
 
 class DerivedNetwork(CellNetwork):
@@ -85,9 +135,10 @@ class DerivedNetwork(CellNetwork):
     channels and 5 cells, the network that was trained for the benchmark. `channels` is the width of the first cells,
     `cells` counts what the space counts (DARTS: all cells, NAS-Bench-201: those of one stage).
 
-    forward(images [B, image_channels, H, W]) -> logits [B, classes].
-    Raises ValueError if the genotype has other cells than the space, names an operation that does not exist, or a size
-    is below 1.
+    forward(images [B, image_channels, H, W]) -> logits [B, classes]; in training mode, and with `auxiliary`, the
+    (logits, logits of the auxiliary head), as in DARTS. `drop_path` is what all cells drop operations by.
+    Raises ValueError if the genotype has other cells than the space, names an operation that does not exist, a size is
+    below 1, or the space has no place for an auxiliary head.
     """
 
     def __init__(
@@ -99,14 +150,18 @@ class DerivedNetwork(CellNetwork):
         cells: int,
         classes: int,
         image_channels: int = 3,
+        auxiliary: bool = False,
     ) -> None:
         if genotype.cells.keys() != set(space.cell_types):
             expected, got = " and ".join(space.cell_types), " and ".join(genotype.cells)
             raise ValueError(f"genotype: space {space.name} has cells {expected}, got {got}")
+        drop_path = DropPath()
 
         def edges(cell_type: str, channels: int, stride: int = 1) -> DerivedEdges:
             nodes, concat = genotype.cells[cell_type]
-            return DerivedEdges(nodes, concat, inputs=space.inputs, channels=channels, stride=stride)
+            return DerivedEdges(
+                nodes, concat, inputs=space.inputs, channels=channels, stride=stride, drop_path=drop_path
+            )
 
         super().__init__(
             space,
@@ -118,5 +173,15 @@ class DerivedNetwork(CellNetwork):
             affine=True,
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.logits(images, {})
+        self.drop_path = drop_path
+        self.auxiliary_head = None
+        if auxiliary:  # last, so that the other weights start as they do without it
+            if self.tap is None:
+                raise ValueError(f"auxiliary: space {space.name} has no place for an auxiliary head")
+            self.auxiliary_head = AuxiliaryHead(self.tap.channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.auxiliary_head is None or not self.training:
+            return self.logits(images, {})
+        features, tapped = self.features(images, {}, tap=self.tap)
+        return self.classify(features), self.auxiliary_head(tapped)

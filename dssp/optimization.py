@@ -28,12 +28,33 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Where networks run: with precision "bfloat16" under autocast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def logits_of(model: Callable[[Tensor], Tensor], images: Tensor, precision: str) -> Tensor:
     """model(images) or, with precision "bfloat16", the same under autocast and back in float32."""
-    if precision != "bfloat16":
-        return model(images)
-    with torch.autocast(images.device.type, torch.bfloat16):
-        return model(images).float()
+    with autocast(images.device, precision):
+        logits = model(images)
+    return logits.float() if precision == "bfloat16" else logits
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, *, grad_clip: float) -> Tensor:
+    """One step down the gradient of the loss, that clipped to a norm of `grad_clip`; 0 clips nothing.
+
+    Where loss or gradient are not finite, nothing changes. Returns whether the step was taken (bool scalar).
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = nn.utils.clip_grad_norm_(weights, grad_clip or math.inf, foreach=True)
+    return step_if_finite(optimizer, loss, norm)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of images whose largest logit is that of their class."""
+    return (logits.argmax(1) == labels).float().mean()
 
 
 def weight_step(
@@ -53,13 +74,9 @@ def weight_step(
     """
     logits = logits_of(model, images, precision)
     loss = F.cross_entropy(logits, labels)
-    optimizer.zero_grad()
-    (loss if penalty is None else loss + penalty()).backward()
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = nn.utils.clip_grad_norm_(weights, grad_clip or math.inf, foreach=True)
-    taken = step_if_finite(optimizer, loss, norm)
-    accuracy = (logits.detach().argmax(1) == labels).float().mean()
-    return reported(taken, {"train_loss": loss, "train_accuracy": accuracy})
+    objective = loss if penalty is None else loss + penalty()
+    taken = descend(optimizer, objective, grad_clip=grad_clip)
+    return reported(taken, {"train_loss": loss, "train_accuracy": accuracy(logits.detach(), labels)})
 
 
 @torch.no_grad()

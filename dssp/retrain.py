@@ -26,7 +26,9 @@ from dssp.optimization import evaluate
 from dssp.retraining import Retraining
 from dssp.run_folder import finished_summary, open_run_folder
 from dssp.spaces import CellSpace, get_space
+from dssp.spaces.auxiliary import AuxiliaryHead
 from dssp.summary import tabulated_line
+from dssp.trained import NAME, TrainedNetwork, save_trained
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,11 @@ def retrain(
     device: torch.device,
     console: Console,
 ) -> Retrained:
-    """Train the derived network on all training images and test it once. epochs=0: only its size and cost."""
+    """Train the derived network on all training images, test it once, and write it to the folder as network.pt.
+
+    epochs=0: only its size and cost, both without the auxiliary head. Raises ConfigError if the recipe does not fit the
+    images.
+    """
     torch.manual_seed(config.seed)
     network = DerivedNetwork(
         space,
@@ -58,23 +64,15 @@ def retrain(
         cells=config.cells,
         classes=len(data.classes),
         image_channels=data.image_shape[0],
+        auxiliary=config.auxiliary_weight > 0,
     )
+    _check_fits(config, network, data)
     network = network.to(device).to(memory_format=torch.channels_last)
-    cost = {"parameters": count_parameters(network), "flops": count_flops(network, data.image_shape)}
+    extra = 0 if network.auxiliary_head is None else count_parameters(network.auxiliary_head)
+    cost = {"parameters": count_parameters(network) - extra, "flops": count_flops(network, data.image_shape)}
     if config.epochs == 0:
         return Retrained(test_accuracy=None, seconds=None, **cost)
-    task = Retraining(
-        network,
-        data.train_valid,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
-        precision=config.precision,
-        seed=config.seed,
-    )
+    task = Retraining(network, data.train_valid, config)
     callbacks: list[Callback] = [
         Interruption(),
         Checkpointing(folder / "checkpoints", resume=config.resume, every=config.checkpoint_every),
@@ -85,8 +83,27 @@ def retrain(
     engine = Engine(task, callbacks, max_skipped_steps=config.max_skipped_steps)
     engine.fit()
     test = data.test.batches(config.batch_size, epoch=0, seed=config.seed, train=False)
-    _, accuracy = evaluate(network, test)
+    _, accuracy = evaluate(task.trained, test)
+    built = (space.name, genotype, config.channels, config.cells, data.classes, data.image_shape)
+    save_trained(folder / NAME, TrainedNetwork(task.trained, *built, data.test.mean, data.test.std))
     return Retrained(test_accuracy=accuracy, seconds=engine.seconds, **cost)
+
+
+def _check_fits(config: RetrainConfig, network: DerivedNetwork, data: DataSet) -> None:
+    """Raises ConfigError for what cannot be done to images of this size."""
+    side = min(data.image_shape[1:])
+    if config.cutout >= side:
+        raise ConfigError(
+            "cutout", f"expected less than the {side} pixels of an image of {data.name}, got {config.cutout}"
+        )
+    if network.auxiliary_head is not None and network.tap is not None:
+        smallest, there = AuxiliaryHead.smallest, -(-side // 2**network.tap.halvings)
+        if there < smallest:
+            raise ConfigError(
+                "auxiliary_weight",
+                f"the auxiliary head needs {smallest}x{smallest} pixels where it is, images of {data.name} have "
+                f"{there}x{there} there; expected 0, got {config.auxiliary_weight}",
+            )
 
 
 def read_genotype(path: str) -> tuple[CellSpace, AnyGenotype]:

@@ -168,6 +168,17 @@ def _git(*arguments: str) -> str | None:
     return done.stdout or None
 
 
+def stored_config(folder: Path) -> SearchConfig | RetrainConfig:
+    """The configuration of the run in a folder. Raises RunFolderError if there is none, or no sound one."""
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text())["config"]
+        kind = RetrainConfig if "genotype" in fields else SearchConfig
+        return kind.from_dict(fields)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunFolderError(f"{path}: no configuration of a run ({error})") from None
+
+
 def keep_rows(path: Path, epochs: int) -> list[dict[str, Any]]:
     """Cut a file of metrics back to the rows of the first ``epochs`` epochs and return them."""
     if not path.exists():

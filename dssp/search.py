@@ -62,7 +62,7 @@ def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
         genotype=genotype,
         **{name: getattr(config, name) for name in shared},
         **{name: getattr(config, f"retrain_{name}") for name in sizes},
-    )
+    ).resolve()
 
 
 def run(config: SearchConfig, console: Console) -> dict[str, Any]:

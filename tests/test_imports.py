@@ -24,6 +24,9 @@ FORBIDDEN = {
     "dssp.checkpoint": ["dssp.engine", "dssp.bilevel", "dssp.supernet", "dssp.search", "dssp.callbacks"],
     "dssp.bilevel": ["dssp.engine", "dssp.search", "dssp.retrain", "dssp.callbacks"],
     "dssp.retraining": ["dssp.engine", "dssp.search", "dssp.retrain", "dssp.callbacks"],
+    "dssp.averaging": ["dssp"],
+    "dssp.trained": ["dssp.engine", "dssp.retrain", "dssp.search", "dssp.command", "dssp.supernet", "dssp.data"],
+    "dssp.exporting": ["dssp.engine", "dssp.retrain", "dssp.search", "dssp.command", "dssp.supernet", "dssp.data"],
     "dssp.engine": ["dssp.search", "dssp.retrain", "dssp.callbacks", "dssp.bilevel"],
     "dssp.callbacks": ["dssp.search", "dssp.retrain", "dssp.bilevel", "dssp.supernet"],
 }

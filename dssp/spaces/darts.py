@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dssp.genotype import Genotype
 from dssp.spaces.cell_space import CellSpace
 from dssp.spaces.operations import FactorizedReduce, ReLUConvBN
-from dssp.spaces.skeleton import BuildEdges, Cell, Skeleton
+from dssp.spaces.skeleton import BuildEdges, Cell, Skeleton, Tap
 
 STEM_MULTIPLIER = 3
 
@@ -51,10 +51,13 @@ def reduction_cells(cells: int) -> frozenset[int]:
 
 
 def darts_skeleton(edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool) -> Skeleton:
-    """DARTS' NetworkCIFAR: a 3x3 stem, `cells` cells in all; each reduction cell doubles the channels."""
+    """DARTS' NetworkCIFAR: a 3x3 stem, `cells` cells in all; each reduction cell doubles the channels.
+
+    An auxiliary head goes where DARTS has it, on the second reduction cell.
+    """
     c_before = c_previous = STEM_MULTIPLIER * channels
     stem = nn.Sequential(nn.Conv2d(image_channels, c_previous, 3, padding=1, bias=False), nn.BatchNorm2d(c_previous))
-    built: list[nn.Module] = []
+    built: list[DartsCell] = []
     reduced_before = False
     for position in range(cells):
         reduction = position in reduction_cells(cells)
@@ -70,7 +73,9 @@ def darts_skeleton(edges: BuildEdges, *, channels: int, cells: int, image_channe
         )
         built.append(cell)
         c_before, c_previous, reduced_before = c_previous, cell.channels, reduction
-    return Skeleton(stem, built, nn.Identity(), c_previous, inputs=2)
+    reductions = reduction_cells(cells)
+    tap = Tap(max(reductions), built[max(reductions)].channels, halvings=len(reductions))
+    return Skeleton(stem, built, nn.Identity(), c_previous, inputs=2, tap=tap)
 
 
 DARTS = CellSpace(

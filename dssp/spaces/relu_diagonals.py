@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 
 
 def relu_diagonals(x: Tensor) -> Tensor:
@@ -17,7 +18,18 @@ def relu_diagonals(x: Tensor) -> Tensor:
     [B, C, H, W] -> [B, 2C, ceil(H / 2), ceil(W / 2)] in x's memory layout; where H or W is odd, the second half
     is padded with zeros. Differentiable twice. Autograd's own slicing would fill a whole map of zeros for each slice.
     """
+    if torch.compiler.is_exporting():  # written into a file, filling a tensor slice by slice becomes scatters
+        return _formula(x)
     return _ReLUDiagonals.apply(x)
+
+
+def _formula(x: Tensor) -> Tensor:
+    height, width = x.shape[2:]
+    x = x.relu()
+    shifted = x[:, :, 1::2, 1::2]
+    if height % 2 or width % 2:
+        shifted = F.pad(shifted, (0, width % 2, 0, height % 2))
+    return torch.cat([x[:, :, ::2, ::2], shifted], dim=1)
 
 
 class _ReLUDiagonals(Function):
@@ -63,4 +75,4 @@ def _gather(x: Tensor) -> Tensor:
 def _empty(like: Tensor, *shape: int) -> Tensor:
     channels_last = like.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last and not like.is_contiguous() else torch.contiguous_format
-    return torch.empty((len(like), *shape), dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty((like.shape[0], *shape), dtype=like.dtype, device=like.device, memory_format=layout)

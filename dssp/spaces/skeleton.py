@@ -48,6 +48,15 @@ class Cell(nn.Module):
 
 
 @dataclass(frozen=True)
+class Tap:
+    """The cell whose output an auxiliary head reads: its position, its channels, and how often H and W were halved."""
+
+    position: int
+    channels: int
+    halvings: int
+
+
+@dataclass(frozen=True)
 class Skeleton:
     """A macro skeleton, built: images -> stem -> cells -> last -> global average pooling -> a linear layer.
 
@@ -55,13 +64,15 @@ class Skeleton:
     cells     Cells and blocks without edges; each takes the `inputs` states before it (at first all the stem's).
     last      what follows the last cell.
     channels  what the linear layer gets.
+    tap       where an auxiliary head goes, if anywhere.
     """
 
     stem: nn.Module
-    cells: list[nn.Module]
+    cells: Sequence[nn.Module]
     last: nn.Module
     channels: int
     inputs: int = 1
+    tap: Tap | None = None
 
 
 class BuildSkeleton(Protocol):

@@ -133,6 +133,7 @@ def test_run_folder_has_everything_the_contract_names(finished: Path) -> None:
         "tensorboard",
         "checkpoints",
         "genotype.json",
+        "network.pt",
         "summary.json",
         "report.html",
     }

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from dssp.bilevel import BilevelSearch
-from dssp.config import SearchConfig
+from dssp.config import RetrainConfig, SearchConfig
 from dssp.data import DataSet, load_data
+from dssp.network import DerivedNetwork
+from dssp.retraining import Retraining
 from dssp.search import build_supernet
 from dssp.spaces import DARTS
 from dssp.supernet import Supernet
@@ -32,6 +34,15 @@ def small_search(**settings: Any) -> BilevelSearch:
     settings = {"method": "dssp-paper", "held_out": 48, **settings}
     config = SearchConfig(dataset="fake", image_size=8, **{**sizes, **settings}).resolve()
     return BilevelSearch(config, build_supernet(config, small_data(), torch.device("cpu")), small_data())
+
+
+def small_retraining(**settings: Any) -> Retraining:
+    """The retraining of a cell of two nodes, four steps per epoch."""
+    derived = small_search().derived()
+    torch.manual_seed(0)
+    network = DerivedNetwork(DARTS, derived, channels=2, cells=3, classes=10)
+    config = RetrainConfig(genotype="-", dataset="fake", image_size=8, **{"epochs": 2, "batch_size": 12, **settings})
+    return Retraining(network, small_data().train, config.resolve())
 
 
 def small_supernet(*, nodes: int = 3, gated: bool = True, light: bool = True, cells: int = 3) -> Supernet:

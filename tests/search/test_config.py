@@ -8,7 +8,20 @@ import re
 
 import pytest
 
-from dssp.config import PRESETS, SPACE_PRESETS, RetrainConfig, SearchConfig, parse_retrain, parse_search
+from dssp.config import (
+    PRESETS,
+    SPACE_PRESETS,
+    ConfigError,
+    EvaluateConfig,
+    ExportConfig,
+    RetrainConfig,
+    SearchConfig,
+    parse_evaluate,
+    parse_export,
+    parse_retrain,
+    parse_search,
+)
+from dssp.search import retrain_config
 from dssp.spaces import SPACES
 
 SHARED = [
@@ -62,6 +75,30 @@ def test_presets_of_the_space_go_before_those_of_the_data_set() -> None:
     assert SearchConfig(space="nasbench201", cells=1, channels=3).resolve().cells == 1
     retraining = RetrainConfig(genotype="g", dataset="cifar10", space="nasbench201").resolve()
     assert (retraining.channels, retraining.cells) == (16, 5)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "space", "recipe"),
+    [
+        ("cifar10", "darts", (16, 0.4, 0.2)),
+        ("cifar100", "darts", (16, 0.4, 0.2)),
+        ("cifar10", "nasbench201", (0, 0.0, 0.0)),
+        ("digits", "darts", (0, 0.0, 0.0)),
+        ("imagefolder", "darts", (0, 0.0, 0.0)),
+    ],
+)
+def test_recipe_of_darts_is_the_preset_of_its_space_on_cifar(dataset: str, space: str, recipe: object) -> None:
+    resolved = RetrainConfig(genotype="g", dataset=dataset, space=space).resolve()  # type: ignore[arg-type]  # a word
+    assert (resolved.cutout, resolved.auxiliary_weight, resolved.drop_path) == recipe
+    assert (resolved.label_smoothing, resolved.ema_decay) == (0, 0)
+    assert RetrainConfig(genotype="g", dataset="cifar10", space="darts", cutout=8, drop_path=0.0).resolve().cutout == 8
+    after_search = retrain_config(SearchConfig(dataset=dataset, space=space).resolve(), "g")  # type: ignore[arg-type]  # a word
+    assert (after_search.cutout, after_search.auxiliary_weight, after_search.drop_path) == recipe
+
+
+def test_auxiliary_head_needs_a_space_that_has_one() -> None:
+    with pytest.raises(ConfigError, match="auxiliary_weight: space nasbench201 has no auxiliary head, expected 0"):
+        RetrainConfig(genotype="g", space="nasbench201", auxiliary_weight=0.4)
 
 
 def test_resolving_twice_changes_nothing() -> None:
@@ -164,7 +201,14 @@ def test_wrong_json_is_named(fields: object, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parse", "config"), [(parse_search, SearchConfig), (parse_retrain, RetrainConfig)], ids=["search", "retrain"]
+    ("parse", "config"),
+    [
+        (parse_search, SearchConfig),
+        (parse_retrain, RetrainConfig),
+        (parse_evaluate, EvaluateConfig),
+        (parse_export, ExportConfig),
+    ],
+    ids=["search", "retrain", "evaluate", "export"],
 )
 def test_help_explains_every_flag_with_its_default(
     parse: object, config: type, capsys: pytest.CaptureFixture[str]
@@ -177,15 +221,16 @@ def test_help_explains_every_flag_with_its_default(
         assert f"--{field.name.replace('_', '-')} " in text
         if isinstance(field.default, float):
             assert f"(default {field.default})" in text
-        preset = PRESETS[config.__name__].get(field.name)
+        preset = PRESETS.get(config.__name__, {}).get(field.name)
         if preset and None not in preset:
             assert f"(digits {preset[0]}, others {preset[1]})" in text or f"(default {preset[0]})" in text
-        for space, own in SPACE_PRESETS[config.__name__].items():
+        for space, own in SPACE_PRESETS.get(config.__name__, {}).items():
             if field.name in own:
                 digits, others = own[field.name]
                 shown = f"digits {digits}, others {others}" if digits != others else f"default {digits}"
                 assert f"({space}: {shown})" in text
-    assert set(SHARED) <= {field.name for field in dataclasses.fields(config)}
+    if config in (SearchConfig, RetrainConfig):
+        assert set(SHARED) <= {field.name for field in dataclasses.fields(config)}
 
 
 def test_whole_number_for_a_float_becomes_a_float() -> None:

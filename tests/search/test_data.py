@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -326,3 +327,46 @@ def test_fake_images_depend_on_their_class() -> None:
     ((images, labels),) = batches(data.test, 1024, train=False)
     nearest = torch.cdist(images.flatten(1), means.flatten(1)).argmin(1)
     assert (nearest == labels).float().mean() > 0.9
+
+
+# ---- cutout ----------------------------------------------------------------------------------------------------------
+
+
+def interval(flags: torch.Tensor) -> tuple[int, int]:
+    """(first, one after the last) of the True entries, which are neighbours."""
+    found = flags.nonzero().flatten()
+    assert torch.equal(found, torch.arange(int(found[0]), int(found[-1]) + 1))
+    return int(found[0]), int(found[-1]) + 1
+
+
+@pytest.mark.parametrize("side", [1, 4, 5, 8])
+def test_cutout_sets_one_clipped_square_of_each_image_to_the_mean(side: int) -> None:
+    split, size = load_data("fake", image_size=9).train, 9
+    cut = torch.cat([images for images, _ in batches(replace(split, cutout=side), 64)])
+    whole = torch.cat([images for images, _ in batches(split, 64)])
+    squares = {(max(0, c - side // 2), min(size, c - side // 2 + side)) for c in range(size)}
+    seen = set()
+    for image, original in zip(cut, whole, strict=True):
+        hole = (image == 0).all(0)  # no pixel of these images is the mean itself
+        rows, columns = interval(hole.any(1)), interval(hole.any(0))
+        assert hole.sum() == (rows[1] - rows[0]) * (columns[1] - columns[0])
+        assert torch.equal(image, original.masked_fill(hole, 0.0))
+        seen |= {("rows", *rows), ("columns", *columns)}
+    assert seen == {(axis, *square) for axis in ("rows", "columns") for square in squares}
+    assert cut.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cutout_of_even_side_is_that_of_darts() -> None:
+    """DARTS clips [y - length // 2, y + length // 2) to the image."""
+    images = torch.ones(3, 2, 6, 7)
+    found = dssp.data._cut_out(images, torch.tensor([[0, 0], [3, 3], [5 + 6, 6 + 7]]), 4)
+    expected = torch.ones(3, 2, 6, 7)
+    expected[0, :, 0:2, 0:2] = expected[1, :, 1:5, 1:5] = expected[2, :, 3:6, 4:7] = 0
+    assert torch.equal(found, expected)
+
+
+def test_cutout_is_a_function_of_seed_and_epoch_and_spares_evaluation() -> None:
+    split = replace(load_data("fake", image_size=8).train, cutout=4)
+    assert equal(batches(split, epoch=1), batches(split, epoch=1))
+    assert not equal(batches(split, epoch=1), batches(split, epoch=2))
+    assert equal(batches(split, train=False), batches(replace(split, cutout=0), train=False))

@@ -15,11 +15,8 @@ from torch import Tensor
 from dssp.callbacks import Checkpointing, MetricsLog
 from dssp.engine import Callback, Engine, Task
 from dssp.metrics import RunningMeans
-from dssp.network import DerivedNetwork
-from dssp.retraining import Retraining
 from dssp.run_folder import keep_rows
-from dssp.spaces import DARTS
-from tests.search.small import small_data, small_search
+from tests.search.small import small_data, small_retraining, small_search
 from tests.search.test_skipped_steps import Scripted, tensors
 
 EPOCHS, STEPS = 3, 2
@@ -50,11 +47,8 @@ def search() -> Task:
 
 
 def retraining() -> Task:
-    genotype = small_search().derived()
-    torch.manual_seed(0)
-    network = DerivedNetwork(DARTS, genotype, channels=2, cells=3, classes=10)  # type: ignore[arg-type]
-    shape: dict[str, Any] = {"epochs": EPOCHS, "batch_size": 24, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
-    return Retraining(network, small_data().train, **shape, grad_clip=5.0, precision="float32", seed=0)
+    """With everything that a step may depend on."""
+    return small_retraining(epochs=EPOCHS, batch_size=24, lr=0.1, drop_path=0.2, ema_decay=0.9, cutout=4)
 
 
 class Drawing(Scripted):
