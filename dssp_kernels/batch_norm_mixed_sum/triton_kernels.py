@@ -792,8 +792,9 @@ def batch_norm_mixed_sum_forward(
                 *(tuple(batch), partials, active, walk.units, share, walk.run, channels),
                 E=edges, K=candidates, VECTORS=IN_FLIGHT_ALONE, **walk.constants(1),
             )  # fmt: skip
-        weights, biases, running_means, running_variances = map(
-            _some, (weights, biases, running_means, running_variances)
+        weights, biases, running_means, running_variances = (
+            _some([None if tensor is None else tensor.contiguous() for tensor in group])  # a column of a table, say
+            for group in (weights, biases, running_means, running_variances)
         )
         shifted = len(biases) > 0
         tables = torch.empty((3 if shifted else 2, entries, channels), dtype=dtype, device=device)
@@ -917,7 +918,20 @@ def batch_norm_update_running_statistics(
     momenta: Sequence[float],
     count: int,
 ) -> None:
-    """The registered operator on CUDA. One launch; a norm that several entries share is updated by one at a time."""
+    """The registered operator on CUDA. One launch; a norm that several entries share is updated by one at a time.
+
+    Statistics that are not contiguous are updated in a copy, one for all entries that share them.
+    """
+    if not all(tensor.is_contiguous() for tensor in (*running_means, *running_variances)):
+        given = {tensor.data_ptr(): tensor for tensor in (*running_means, *running_variances)}
+        dense = {place: tensor.contiguous() for place, tensor in given.items()}
+        means, variances = ([dense[t.data_ptr()] for t in group] for group in (running_means, running_variances))
+        batch_norm_update_running_statistics(
+            means, variances, counters, mean, variance, active, entries, momenta, count
+        )
+        for place, tensor in given.items():
+            tensor.copy_(dense[place])
+        return
     rounds: list[list[int]] = [[]]
     met: list[set[int]] = [set()]
     for t, running_mean in enumerate(running_means):
