@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dssp_kernels.arguments import checked_mixture, empty_as, with_strides
-from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, implementation_for
+from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, backward_is_transformed, implementation_for
 from dssp_kernels.mixed_sum.reference import mixed_sum_reference
 
 
@@ -100,7 +100,7 @@ class _MixedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         alpha, mask, active, *outputs = ctx.saved_tensors
         needs_alpha, needs_mask, _, *needs_output_grad = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if backward_is_transformed(grad):
             return None, None, *_differentiable_gradients(ctx, grad)
         grad = with_strides(grad, ctx.strides)
         outputs = [None if output is None else with_strides(output, ctx.strides) for output in outputs]
@@ -121,7 +121,7 @@ class _MixedSum(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Gradients for (alpha, mask, active, *outputs) that can be differentiated again, from the reference formula.
+    """Gradients for (alpha, mask, active, *outputs) that can be differentiated and batched, from the reference formula.
 
     Fresh views stand for the inputs, so that an output computed from another one does not count twice.
     """
@@ -129,10 +129,12 @@ def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     needed = ctx.needs_input_grad[2:]
     if not (needed[0] or needed[1]):  # linear in the outputs then, which were not saved: their values do not matter
         outputs = [torch.zeros_like(grad, requires_grad=True) if need else None for need in needed[3:]]
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (alpha, mask, active, *outputs)]
-    y = mixed_sum_reference(inputs[3:], cast(Tensor, inputs[0]), inputs[1], ctx.softmax, inputs[2])
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (alpha, mask, active, *outputs)]
+        y = mixed_sum_reference(inputs[3:], cast(Tensor, inputs[0]), inputs[1], ctx.softmax, inputs[2])
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, materialize_grads=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=recorded, materialize_grads=True))
     return [next(found) if need else None for need in needed]
 
 
