@@ -195,9 +195,9 @@ def _read_norms(outputs: Entries, norms: Sequence[nn.BatchNorm2d | None], traini
 def _operators(triton: bool) -> Any:
     """Where the operators are functions by their names: Triton's launchers, or what is registered for each device."""
     if triton:
-        from dssp_kernels.batch_norm_mixed_sum import triton_kernels
+        from dssp_kernels.batch_norm_mixed_sum import triton_launchers
 
-        return triton_kernels
+        return triton_launchers
     return torch.ops.dssp_kernels
 
 

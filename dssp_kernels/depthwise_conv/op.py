@@ -72,9 +72,9 @@ def _triton_serves(weight: Tensor, stride: tuple[int, int]) -> bool:
 def _operators(triton: bool) -> Any:
     """Where the operators are functions by their names: Triton's launchers, or what is registered for each device."""
     if triton:
-        from dssp_kernels.depthwise_conv import triton_kernels
+        from dssp_kernels.depthwise_conv import triton_launchers
 
-        return triton_kernels
+        return triton_launchers
     return torch.ops.dssp_kernels
 
 

@@ -53,27 +53,20 @@ def mixed_sum(
         return mixed_sum_reference(outputs, alpha, mask, softmax, active)
     interpreted = implementation == "interpreter"
     if not torch.is_grad_enabled():  # what autograd.Function costs is a third of a small mix
-        return _forward(interpreted, outputs, alpha, mask, active, softmax)
+        return _operators(interpreted).mixed_sum_forward(outputs, alpha, mask, active, softmax)
     return _MixedSum.apply(interpreted, softmax, alpha, mask, active, *outputs)
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
 
 
-def _forward(interpreted: bool, *arguments: Any) -> Tensor:
-    if interpreted:
-        from dssp_kernels.mixed_sum import triton_kernels
+def _operators(triton: bool) -> Any:
+    """Where the operators are functions by their names: Triton's launchers, or what is registered for each device."""
+    if triton:
+        from dssp_kernels.mixed_sum import triton_launchers
 
-        return triton_kernels.mixed_sum_forward(*arguments)
-    return torch.ops.dssp_kernels.mixed_sum_forward(*arguments)
-
-
-def _backward(interpreted: bool, *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
-    if interpreted:
-        from dssp_kernels.mixed_sum import triton_kernels
-
-        return triton_kernels.mixed_sum_backward(*arguments)
-    return torch.ops.dssp_kernels.mixed_sum_backward(*arguments)
+        return triton_launchers
+    return torch.ops.dssp_kernels
 
 
 class _MixedSum(torch.autograd.Function):
@@ -89,7 +82,7 @@ class _MixedSum(torch.autograd.Function):
         active: Tensor | None,
         *outputs: Tensor | None,
     ) -> Tensor:
-        y = _forward(interpreted, outputs, alpha, mask, active, softmax)
+        y = _operators(interpreted).mixed_sum_forward(outputs, alpha, mask, active, softmax)
         needs_parameter_grad = alpha.requires_grad or (mask is not None and mask.requires_grad)
         kept = outputs if needs_parameter_grad else [None] * len(outputs)
         ctx.save_for_backward(alpha, mask, active, *kept)
@@ -106,8 +99,8 @@ class _MixedSum(torch.autograd.Function):
         outputs = [None if output is None else with_strides(output, ctx.strides) for output in outputs]
         alpha, mask, active = [None if tensor is None else tensor.contiguous() for tensor in (alpha, mask, active)]
         needs_parameter_grad = needs_alpha or needs_mask
-        requested, d_alpha, d_mask = _backward(
-            ctx.interpreted, grad, outputs, alpha, mask, active, ctx.softmax, needs_output_grad, needs_parameter_grad
+        requested, d_alpha, d_mask = _operators(ctx.interpreted).mixed_sum_backward(
+            grad, outputs, alpha, mask, active, ctx.softmax, needs_output_grad, needs_parameter_grad
         )
         d_outputs = iter(requested)
         return (
@@ -217,15 +210,11 @@ if WHY_NO_CPU_KERNELS is not None:
 
 
 def _cuda_forward(*arguments: Any) -> Tensor:
-    from dssp_kernels.mixed_sum import triton_kernels
-
-    return triton_kernels.mixed_sum_forward(*arguments)
+    return _operators(True).mixed_sum_forward(*arguments)
 
 
 def _cuda_backward(*arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
-    from dssp_kernels.mixed_sum import triton_kernels
-
-    return triton_kernels.mixed_sum_backward(*arguments)
+    return _operators(True).mixed_sum_backward(*arguments)
 
 
 _library.impl("mixed_sum_forward", _cuda_forward if HAS_TRITON else _reference_forward, "CUDA")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dssp_kernels import FusedMixedEdge, batch_norm_mixed_sum, get_backend, set_backend
 from tests.kernels.guards import guarded_allocations, in_margins
+from tests.kernels.tensors import LAYOUTS
 from tests.kernels.test_batch_norm_mixed_sum import (
     KINDS,
-    LAYOUTS,
     SLACK,
     Case,
     assert_as_exact_as_eager,
@@ -31,7 +31,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET is not 1: tests/gpu has the claims for compiled kernels", allow_module_level=True)
 
-from dssp_kernels.batch_norm_mixed_sum import triton_kernels  # noqa: E402  # imports triton, which may be absent
+from dssp_kernels.batch_norm_mixed_sum import triton_launchers  # noqa: E402  # imports triton, which may be absent
 
 # The interpreter truncates float32 to bfloat16 where the hardware rounds: one unit in the last place.
 TRITON_SLACK = SLACK | {torch.bfloat16: 2.0**-6}
@@ -94,10 +94,10 @@ def test_any_dense_order_of_dimensions() -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_blocks_of_channels_and_shares_of_units(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "THREADS", 16)
-    monkeypatch.setattr(triton_kernels, "MAX_WIDTH", 4)
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", 30)
-    monkeypatch.setattr(triton_kernels, "TABLE_ELEMENTS", 8)
+    monkeypatch.setattr(triton_launchers, "THREADS", 16)
+    monkeypatch.setattr(triton_launchers, "MAX_WIDTH", 4)
+    monkeypatch.setattr(triton_launchers, "PROGRAMS", 30)
+    monkeypatch.setattr(triton_launchers, "TABLE_ELEMENTS", 8)
     assert_exact(case((5, 10, 3, 8), ["affine", "plain"], layout=LAYOUTS[layout]))
 
 
