@@ -41,7 +41,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--quick",
         action="store_true",
         help="under a minute: the DARTS shapes at K=7 in float32, with BatchNorm in channels_last, two small shapes, a "
-        "pruned node; eager and, on a CPU for forward + backward in channels_last only, torch.compile as baselines",
+        "pruned node; eager as baseline and torch.compile, on a CPU for forward + backward in channels_last without "
+        "BatchNorm only",
     )
     add("--shapes", type=shape, nargs="+", metavar="NxCxHxW", help="default: DARTS' three, on a GPU also a large one")
     add("--small-shapes", type=shape, nargs="*", metavar="NxCxHxW", help="default: four (--quick: two) from 1x1x1x1 up")
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NxCxHxW",
         help="also time over K, edges, images and pruned edges (default shape: 64x32x16x16)",
     )
-    add("--seconds", type=float, help="time per row (default: 2; --quick: 0.25)")
+    add("--seconds", type=float, help="time per row (default: 2; --quick: 0.15)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--out", type=Path, default=results.ROOT / "bench" / "results" / "latest", help="folder for JSON and plot")
     add("--json", type=Path, help="another file for the same JSON")
@@ -80,7 +81,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     args.dtypes = args.dtypes or (["float32"] if args.quick else ["float32", "bfloat16"])
     if args.small_shapes is None:
         args.small_shapes = list(SMALL_SHAPES[:2] if args.quick else SMALL_SHAPES)
-    args.seconds = (0.25 if args.quick else 2.0) if args.seconds is None else args.seconds
+    args.seconds = (0.15 if args.quick else 2.0) if args.seconds is None else args.seconds
 
 
 def shape(text: str) -> tuple[int, ...]:

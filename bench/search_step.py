@@ -1,4 +1,9 @@
-"""The step of a search: the supernet as DARTS writes it beside ours, same weights, same batch, one process."""
+"""The step of a search: supernets as their authors write them beside ours, same weights, same batch, one process.
+
+The JSON has at least {"machine", "cases": [{"name", "stock_seconds", "stock_channels_last_seconds", "ours_seconds",
+"ours_half_pruned_seconds", "loss_error", "gradient_error", "stock_peak_bytes", "ours_peak_bytes"}...]}: seconds per
+training step, errors of ours relative to stock, and the most bytes a step holds beyond weights and batch.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +32,7 @@ from bench.step_scaling import SERIES, measure_series
 from bench.step_subjects import (
     DIGITS,
     MAIN,
+    NASBENCH,
     SUBJECTS,
     Case,
     Subject,
@@ -44,35 +50,51 @@ STOCKS = ("stock", "stock_channels_last")
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=(__doc__ or "").partition("\n")[0],
         epilog="Exit status 1: loss or gradients of ours are not those of stock; such a case is RED, without speed-up.",
     )
     add = parser.add_argument
     add("--device", type=torch.device, help="cpu or cuda (default: cuda where there is one)")
-    add("--quick", action="store_true", help="two minutes on two cores: few rounds, smaller scaling, no torch.compile")
-    add("--cases", type=Case.parse, nargs="+", metavar="CASE", help=f"default: {MAIN} {DIGITS}, on a GPU also larger")
-    add("--rounds", type=positive, help="rounds that count (default: 7; --quick: 3)")
-    add("--scaling", choices=SERIES, nargs="*", default=list(SERIES), help="what to vary (default: all)")
+    add(
+        "--quick",
+        action="store_true",
+        help="few rounds, no torch.compile; on a CPU, where it takes two minutes on two cores, neither bilevel steps, "
+        "kinds of operation, scaling nor the first step",
+    )
+    cases = f"{MAIN} {NASBENCH} {DIGITS}"
+    add("--cases", type=Case.parse, nargs="+", metavar="CASE", help=f"default: {cases}, on a GPU also larger")
+    add("--rounds", type=positive, help="rounds that count (default: 7; --quick: 3, on a CPU 2)")
+    add("--scaling", choices=SERIES, nargs="*", help="what to vary (default: all; --quick on a CPU: nothing)")
     add(
         "--scaling-case",
         type=Case.parse,
         metavar="CASE",
         help="around which (default: the first case; --quick: a quarter)",
     )
-    add("--no-first-step", action="store_true", help="leave out the first step of a fresh process")
+    add("--first-step", action=argparse.BooleanOptionalAction, help="also the first step of a fresh process")
     add("--compile-timeout", type=float, metavar="S", help="for torch.compile; 0 = leave out (default: 60; --quick: 0)")
     add("--threads", type=positive, help="CPU threads (default: all cores)")
     add("--out", type=Path, default=results.ROOT / "bench" / "results" / "latest", help="folder for JSON and plot")
     add("--json", type=Path, help="another file for the same JSON")
     args = parser.parse_args(argv)
+    fill_defaults(args)
+    return args
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = args.device.type == "cuda"
-    args.cases = args.cases or [MAIN, *([Case("darts", 16, 8, batch) for batch in (64, 256)] if on_gpu else []), DIGITS]
-    args.rounds = args.rounds or (3 if args.quick else 7)
+    args.brief = args.quick and not on_gpu  # there, all of it takes a minute
+    larger = [Case("darts", 16, 8, batch) for batch in (64, 256)] if on_gpu else []
+    args.cases = args.cases or [MAIN, *larger, NASBENCH, DIGITS]
+    args.rounds = args.rounds or (2 if args.brief else 3 if args.quick else 7)
+    if args.scaling is None:
+        args.scaling = [] if args.brief else list(SERIES)
+    if args.first_step is None:
+        args.first_step = not args.brief
     args.scaling_case = args.scaling_case or smaller(args.cases[0], 4 if args.quick else 1)
     if args.compile_timeout is None:
         args.compile_timeout = 0.0 if args.quick else 60.0
-    return args
 
 
 def positive(text: str) -> int:
@@ -85,24 +107,29 @@ def smaller(case: Case, factor: int) -> Case:
     return Case(case.subject, case.channels, case.cells, max(1, case.batch // factor))
 
 
-def measure(case: Case, subject: Subject, device: torch.device, rounds: int, quick: bool) -> Row:
-    """Everything about one case. The bilevel steps come last: they change the weights."""
+def measure(case: Case, subject: Subject, device: torch.device, rounds: int, brief: bool) -> Row:
+    """Everything about one case; if `brief`, without bilevel steps and kinds of operation."""
     data = subject.load(device)
     train, valid = load_batches(case, data)
     nets = build_contenders(case, subject, data, device)
     steps = {name: TrainingStep(net, train, contiguous=name == "stock") for name, net in nets.items()}
-    say(f"[{case}] training step")
-    timings = take_turns({name: step.phases for name, step in steps.items()}, device, rounds)
-    say(f"[{case}] agreement, memory, kinds of operation")
-    errors = agreement(steps, subject.renamed, train)
-    peaks = peak_of_steps(steps, device)
-    kinds = {name: share_by_kind(steps[name], device) for name in ("stock", "ours")}
-    say(f"[{case}] bilevel step")
-    brief = quick and device.type == "cpu"  # there, the process has all the memory it needs, and two rounds take long
-    bilevel = take_turns(
-        bilevel_steps(case, subject, data, nets, train, valid), device, 1 if brief else rounds, warm_up=not brief
-    )["step"]
-    return row(case, timings, bilevel, errors, peaks) | {"kinds": kinds}
+    phases = {name: step.phases for name, step in steps.items()}
+    say(f"[{case}] training step, memory")
+    if brief:  # the steps whose memory is measured are the warm-up of those that are timed
+        peaks = peak_of_steps(steps, device)
+        timings = take_turns(phases, device, rounds, warm_up=False)
+    else:
+        timings = take_turns(phases, device, rounds)
+        peaks = peak_of_steps(steps, device)
+    say(f"[{case}] agreement")
+    found = row(case, timings, agreement(steps, subject.renamed, train), peaks)
+    if not brief:
+        say(f"[{case}] kinds of operation")
+        found["kinds"] = {name: share_by_kind(steps[name], device) for name in ("stock", "ours")}
+        say(f"[{case}] bilevel step")  # last, because it changes the weights
+        bilevel = take_turns(bilevel_steps(case, subject, data, nets, train, valid), device, rounds)["step"]
+        found |= bilevel_row(bilevel, green=found["accuracy"] == "green")
+    return found
 
 
 def peak_of_steps(steps: Mapping[str, TrainingStep], device: torch.device) -> dict[str, int]:
@@ -116,9 +143,7 @@ def peak_of_steps(steps: Mapping[str, TrainingStep], device: torch.device) -> di
     return peak_memory(measured, device)
 
 
-def row(
-    case: Case, timings: Mapping[str, Timings], bilevel: Timings, errors: Mapping[str, float], peaks: Mapping[str, int]
-) -> Row:
+def row(case: Case, timings: Mapping[str, Timings], errors: Mapping[str, float], peaks: Mapping[str, int]) -> Row:
     green, step = is_green(errors), timings["step"]
     return {
         "name": str(case),
@@ -130,11 +155,16 @@ def row(
         **{f"{name}_peak_bytes": peak for name, peak in peaks.items()},
         "peak_share": peaks["ours"] / peaks["stock"],
         **{f"{phase}_seconds": medians(timings[phase]) for phase in ("forward", "backward")},
+        "rounds": step.rounds,
+        "spread": {name: step.spread(name) if step.rounds > 1 else 0.0 for name in step.seconds},
+    }
+
+
+def bilevel_row(bilevel: Timings, green: bool) -> Row:
+    return {
         "bilevel_seconds": medians(bilevel),
         "bilevel_speedup": {name: bilevel.ratio(name, "ours") if green else None for name in STOCKS},
-        "rounds": step.rounds,
         "bilevel_rounds": bilevel.rounds,
-        "spread": {name: step.spread(name) if step.rounds > 1 else 0.0 for name in step.seconds},
     }
 
 
@@ -149,14 +179,14 @@ def medians(timings: Timings) -> dict[str, float]:
 def run(args: argparse.Namespace, subjects: Mapping[str, Subject]) -> dict[str, Any]:
     cases, scaling = [], []
     for case in args.cases:
-        cases.append(measure(case, subjects[case.subject], args.device, args.rounds, args.quick))
+        cases.append(measure(case, subjects[case.subject], args.device, args.rounds, args.brief))
     for name in args.scaling:
         say(f"[scaling] {name}")
         subject, rounds = subjects[args.scaling_case.subject], min(args.rounds, 2 if args.quick else 5)
         scaling.append(measure_series(name, args.scaling_case, subject, args.device, rounds, args.quick))
     main_case = args.cases[0]
     first, compiled = {}, {}
-    if not args.no_first_step:
+    if args.first_step:
         say("[first step]")
         first[str(main_case)] = run_apart("first-step", main_case, args.device)
     if args.compile_timeout:

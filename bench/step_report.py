@@ -42,7 +42,8 @@ def print_case(row: Row) -> None:
     for name in CONTENDERS:
         line = f"  {name:20}{row[f'{name}_seconds']:9.4f}{times(row['speedup'].get(name)):10}"
         line += f"forward {row['forward_seconds'][name]:.4f}  backward {row['backward_seconds'][name]:.4f}  "
-        line += f"bilevel step {row['bilevel_seconds'][name]:.4f}{times(row['bilevel_speedup'].get(name)):10}"
+        if "bilevel_seconds" in row:
+            line += f"bilevel step {row['bilevel_seconds'][name]:.4f}{times(row['bilevel_speedup'].get(name)):10}"
         peak = f"  peak {in_bytes(row[f'{name}_peak_bytes'])}" if f"{name}_peak_bytes" in row else ""
         print(f"{line}quartiles {row['spread'][name]:.0%} apart{peak}")
     shares = f"peak memory {row['peak_share']:.2f} of stock's; half pruned takes {row['half_pruned_share']:.2f} of all"
@@ -52,7 +53,7 @@ def print_case(row: Row) -> None:
         f"(stock channels_last: {row['gradient_error_stock_channels_last']:.0e}), "
         f"worst gradient in float64 {row['gradient_error_float64']:.0e}"
     )
-    for name, shares in row["kinds"].items():
+    for name, shares in row.get("kinds", {}).items():
         print(f"  {name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
 
 
@@ -61,7 +62,7 @@ def times(ratio: float | None) -> str:
 
 
 def draw(path: Path, found: dict[str, Any]) -> bool:
-    """Steps, kinds of operation and scaling as panels; False where matplotlib is not installed."""
+    """Steps, kinds of operation and scaling, as far as measured, as panels; False without matplotlib."""
     if not importlib.util.find_spec("matplotlib"):
         return False
     from matplotlib.figure import Figure  # the object interface needs no display and no global state
@@ -71,7 +72,8 @@ def draw(path: Path, found: dict[str, Any]) -> bool:
     grid = figure.add_gridspec(len(cases) + bool(lines), 12)
     for position, row in enumerate(cases):
         draw_steps(figure.add_subplot(grid[position, :6]), row)
-        draw_kinds(figure.add_subplot(grid[position, 6:]), row)
+        if "kinds" in row:
+            draw_kinds(figure.add_subplot(grid[position, 6:]), row)
     for position, line in enumerate(lines):
         axis = figure.add_subplot(grid[-1, 12 * position // len(lines) : 12 * (position + 1) // len(lines)])
         axis.plot(line["values"], line["seconds"], "o")

@@ -7,17 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import stock_darts
+from bench import stock_darts, stock_nasbench201
 from dssp.bilevel import BilevelSearch
 from dssp.config import SearchConfig
 from dssp.data import DataSet, load_data
-from dssp.spaces import DARTS, CellSpace
+from dssp.spaces import DARTS, NASBENCH201, CellSpace
 from dssp.supernet import Supernet
 
 Batch = tuple[Tensor, Tensor]
@@ -41,25 +40,28 @@ class Case:
         """Raises ValueError for anything else than subject-cCHANNELS-lCELLS-bBATCH with a known subject.
 
         Fewer than 8 channels are refused: then stock DARTS in channels_last writes out of bounds (oneDNN issue 6035).
+        So are fewer cells than have every type.
         """
         found = re.fullmatch(r"(\w+)-c(\d+)-l(\d+)-b(\d+)", text)
         if found and found[1] in SUBJECTS:
             channels, cells, batch = (int(size) for size in found.groups()[1:])
-            if channels >= 8 and cells >= 3 and batch >= 1:
+            if channels >= 8 and cells >= SUBJECTS[found[1]].least_cells and batch >= 1:
                 return cls(found[1], channels, cells, batch)
+        least = [f"{name} with at least {subject.least_cells} cells" for name, subject in SUBJECTS.items()]
         raise ValueError(
-            f"case: got {text!r}, expected {' or '.join(SUBJECTS)}, at least 8 channels, 3 cells and a batch: {MAIN}"
+            f"case: got {text!r}, expected {' or '.join(least)}, at least 8 channels and a batch, such as {MAIN}"
         )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A supernet as its authors wrote it and as we do; `renamed`: state_dict keys, stock's -> ours."""
+    """A supernet as its authors wrote it and as we do; `renamed`: a key of stock's state_dict -> ours."""
 
     data: str
     stock: Callable[[Case, DataSet], nn.Module]
     ours: Callable[[Case, DataSet], Supernet]
-    renamed: Mapping[str, str]
+    renamed: Callable[[str], str]
+    least_cells: int = 1
     image_size: int | None = None  # None: as the data set has it
 
     def load(self, device: torch.device) -> DataSet:
@@ -70,23 +72,47 @@ def stock_darts_supernet(case: Case, data: DataSet) -> nn.Module:
     return stock_darts.Network(case.channels, len(data.classes), case.cells, image_channels=data.image_shape[0])
 
 
-def our_darts_supernet(case: Case, data: DataSet) -> Supernet:
+def stock_nasbench201_supernet(case: Case, data: DataSet) -> nn.Module:
+    return stock_nasbench201.TinyNetwork(case.channels, case.cells, len(data.classes), data.image_shape[0])
+
+
+def our_supernet(space: CellSpace, case: Case, data: DataSet) -> Supernet:
     return Supernet(
-        DARTS,
+        space,
         channels=case.channels,
         cells=case.cells,
         classes=len(data.classes),
         image_channels=data.image_shape[0],
-        gated=False,  # the stock one has no masks
+        gated=False,  # the stock ones have no masks
     )
 
 
-ALPHAS = {"alphas_normal": "alpha.normal", "alphas_reduce": "alpha.reduce"}
+def renamed_darts(key: str) -> str:
+    """model_search.py of DARTS -> dssp.supernet."""
+    return {"alphas_normal": "alpha.normal", "alphas_reduce": "alpha.reduce"}.get(key, key)
+
+
+def renamed_nasbench201(key: str) -> str:
+    """search_model_darts.py of AutoDL-Projects -> dssp.supernet; a pool has no weights and so no key."""
+    if key == "arch_parameters":
+        return "alpha.normal"
+    return re.sub(
+        r"edges\.(\d)<-(\d)\.",
+        lambda found: f"_ops.{NASBENCH201.edges.index((int(found[2]), int(found[1])))}._ops.",
+        key,
+    )
+
+
+_DARTS = partial(Subject, stock=stock_darts_supernet, ours=partial(our_supernet, DARTS), renamed=renamed_darts)
 SUBJECTS = {
-    "darts": Subject("fake", stock_darts_supernet, our_darts_supernet, ALPHAS, image_size=32),  # as CIFAR's
-    "digits": Subject("digits", stock_darts_supernet, our_darts_supernet, ALPHAS),  # 1x8x8
+    "darts": _DARTS("fake", image_size=32, least_cells=3),  # images of CIFAR's size
+    "nasbench201": Subject(
+        "fake", stock_nasbench201_supernet, partial(our_supernet, NASBENCH201), renamed_nasbench201, image_size=32
+    ),
+    "digits": _DARTS("digits", least_cells=3),  # 1x8x8
 }
 MAIN = Case("darts", channels=16, cells=8, batch=32)
+NASBENCH = Case("nasbench201", channels=16, cells=5, batch=32)  # the network of the benchmark
 DIGITS = Case("digits", channels=8, cells=3, batch=64)  # the preset of dssp.search
 
 
@@ -103,7 +129,7 @@ def build_contenders(case: Case, subject: Subject, data: DataSet, device: torch.
     """Four supernets with the same weights. Half pruned: every second edge is removed for good."""
     torch.manual_seed(0)
     stock, ours = subject.stock(case, data), subject.ours(case, data)
-    ours.load_state_dict({subject.renamed.get(key, key): value for key, value in stock.state_dict().items()})
+    ours.load_state_dict({subject.renamed(key): value for key, value in stock.state_dict().items()})
     half = copy.deepcopy(ours)
     prune_to(half, 0.5)
     nets = {"stock_channels_last": copy.deepcopy(stock), "ours": ours, "ours_half_pruned": half}
@@ -161,10 +187,13 @@ class TrainingStep:
 class StockBilevelStep:
     """Architecture and weight step as train_search.py and architect.py of DARTS write them, first order."""
 
-    def __init__(self, model: Any, config: SearchConfig, train: Batch, valid: Batch) -> None:
+    def __init__(
+        self, model: nn.Module, renamed: Callable[[str], str], config: SearchConfig, train: Batch, valid: Batch
+    ) -> None:
         self.model, self.train, self.valid, self.grad_clip = model, train, valid, config.grad_clip
-        alphas = model.arch_parameters()
-        self.weights = [weight for weight in model.parameters() if all(weight is not alpha for alpha in alphas)]
+        parameters = {renamed(name): parameter for name, parameter in model.named_parameters()}
+        alphas = [parameter for name, parameter in parameters.items() if name.startswith("alpha.")]
+        self.weights = [parameter for name, parameter in parameters.items() if not name.startswith("alpha.")]
         self.optimizer = torch.optim.SGD(
             self.weights, config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
@@ -189,7 +218,8 @@ def bilevel_steps(
 ) -> dict[str, Phases]:
     """The whole step of a search, with the same optimizers and settings: DARTS' own code, and dssp's."""
     config = SearchConfig(
-        dataset=subject.data,  # type: ignore[arg-type]  # a Literal there
+        dataset=subject.data,  # type: ignore[arg-type]  # Literals there
+        space=nets["ours"].space.name,  # type: ignore[arg-type, union-attr]
         method="darts",
         channels=case.channels,
         cells=case.cells,
@@ -203,5 +233,5 @@ def bilevel_steps(
         else:
             layout = torch.contiguous_format if name == "stock" else torch.channels_last
             batches = [(images.clone(memory_format=layout), labels) for images, labels in (train, valid)]
-            steps[name] = {"step": StockBilevelStep(net, config, *batches)}
+            steps[name] = {"step": StockBilevelStep(net, subject.renamed, config, *batches)}
     return steps

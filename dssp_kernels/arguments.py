@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dssp_kernels.backend import transforms_are_active
+
 RELAXATIONS = ("softmax", "given")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -15,7 +17,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def checked_mixture(
     outputs: Sequence[Tensor | None], alpha: Tensor, mask: Tensor | None, relaxation: str, active: Tensor | None
 ) -> tuple[Sequence[Tensor | None], Tensor, Tensor | None]:
-    """Outputs of one dtype and one dense layout, alpha contiguous, mask None or contiguous [E]."""
+    """Outputs of one dtype and (if not under torch.func) one dense layout; alpha, mask None or [E], contiguous."""
     tensors = _check_outputs(outputs)
     _check_parameters(outputs, tensors[0], alpha, mask, relaxation, active)
     dtype = tensors[0].dtype
@@ -23,7 +25,8 @@ def checked_mixture(
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
         outputs = [None if output is None else output.to(dtype) for output in outputs]
-    outputs = _in_one_layout(outputs)
+    if not transforms_are_active():  # vmap has no layouts
+        outputs = _in_one_layout(outputs)
     alpha = alpha.contiguous()
     if mask is not None:
         mask = mask.reshape(-1).expand(_edges(alpha)).contiguous()

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
@@ -29,6 +30,9 @@ def set_backend(name: str) -> None:
     - ``"triton"``: Triton only (CPU tensors too when TRITON_INTERPRET=1 was set before triton was imported).
     - ``"cpu"``: the C++ kernels only.
     - ``"reference"``: plain PyTorch on any device: the oracle the others are tested against.
+
+    Whatever the choice, the reference runs under the transforms of torch.func (grad, vmap, jvp, hessian, ...) and in a
+    backward pass that is itself differentiated or batched.
 
     The environment variable DSSP_BACKEND sets the initial choice. Raises ValueError for any other name.
     """
@@ -68,12 +72,24 @@ def _reference_instead(why: str) -> str:
     return "reference"
 
 
+def transforms_are_active() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is at work: PyTorch's own operators know them all."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def backward_is_transformed(grad: Tensor) -> bool:
+    """Whether a backward pass that got this gradient is itself differentiated or batched (is_grads_batched=True)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or transforms_are_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def implementation_for(device: torch.device) -> str:
     """Who serves tensors on ``device``: ``"triton"``, ``"interpreter"`` (of Triton), ``"cpu"`` or ``"reference"``.
 
     Raises RuntimeError when the backend asked for cannot serve that device.
     """
-    if _backend == "reference":
+    if _backend == "reference" or transforms_are_active():
         return "reference"
     if device.type == "cuda" and _backend != "cpu":
         if HAS_TRITON:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
+from dssp_kernels.separable_conv.op import separable_conv2d
 
 Step = Callable[[Tensor], Tensor]
 
@@ -36,11 +40,13 @@ def parts_of(candidate: nn.Module | None) -> Parts | str:
 
     - a plain nn.Sequential;
     - a module whose forward(x) is ``return self.op(x)`` and nothing else, with such an ``op`` (DARTS' convolutions);
+    - a module whose forward(x) is that of DARTS' FactorizedReduce, statement for statement;
     - a module whose class defines ``forward`` and, next to it, ``body_and_norm()``, which returns the steps of forward
       before its BatchNorm2d, and that BatchNorm2d. Steps are callables x -> x; they and the norm are the candidate's
       children, children of these, or methods of it.
 
-    In the first two, a depthwise nn.Conv2d and the nn.ReLU before it become one step, see depthwise_conv2d().
+    In the first two, a depthwise nn.Conv2d, the nn.ReLU before it and the pointwise nn.Conv2d after it become one step,
+    see separable_conv2d() and depthwise_conv2d().
 
     Nobody may be watching either: with a hook on the norm or on a module that is taken apart, and with hooks on all
     modules, the candidate runs as it is.
@@ -49,10 +55,12 @@ def parts_of(candidate: nn.Module | None) -> Parts | str:
         return ""
     opened = [candidate]
     body: Sequence[Any]
-    sequence = _sequence_of(candidate)
+    sequence, reduction = _sequence_of(candidate), _factorized_reduce(candidate)
     if sequence is not None:
         opened += [] if sequence is candidate else [sequence]
         *body, norm = sequence._modules.values() or (None,)
+    elif reduction is not None:
+        *body, norm = reduction
     elif hasattr(type(candidate), "body_and_norm"):
         if not _defined_together(type(candidate)):
             return f"{type(candidate).__name__} changes forward() or body_and_norm() alone"
@@ -75,88 +83,179 @@ def parts_of(candidate: nn.Module | None) -> Parts | str:
 # ---- modules whose forward() is known --------------------------------------------------------------------------------
 
 
+class _Wrapper(nn.Module):
+    """DARTS' convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)  # type: ignore[operator]  # never run: its code is what others are compared with
+
+
+class _FactorizedReduce(nn.Module):
+    """DARTS' reduction of a skip connection. Never run either."""
+
+    relu: nn.Module
+    conv_1: nn.Module
+    conv_2: nn.Module
+    bn: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(x)
+        out = torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1)
+        out = self.bn(out)
+        return out
+
+
+class _ShorterFactorizedReduce(_FactorizedReduce):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(x)
+        out = torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1)
+        return self.bn(out)
+
+
+_FORMS = {
+    "wrapper": ((_Wrapper,), ("op",)),
+    "factorized reduce": ((_FactorizedReduce, _ShorterFactorizedReduce), ("relu", "conv_1", "conv_2", "bn")),
+}
+"""Spellings of a forward(), and the children that it names."""
+
+
 def _sequence_of(candidate: nn.Module) -> nn.Sequential | None:
     """The plain nn.Sequential that the candidate is, or that it runs and does nothing else."""
     kind = type(candidate)
     if kind is nn.Sequential:
         return candidate  # type: ignore[return-value]
-    op = candidate._modules.get("op") if _forwards_to_op(kind, kind.forward) else None
+    op = candidate._modules.get("op") if _has_form("wrapper", kind, kind.forward) else None
     return op if type(op) is nn.Sequential else None
 
 
-class _Wrapper(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)  # type: ignore[operator]  # never run: its code is what others are compared with
+def _factorized_reduce(candidate: nn.Module) -> tuple[Step, nn.Module] | None:
+    """What the candidate does before its norm, and that, if it is DARTS' FactorizedReduce."""
+    kind = type(candidate)
+    if not _has_form("factorized reduce", kind, kind.forward):
+        return None
+    relu, conv_1, conv_2, norm = (candidate._modules.get(name) for name in _FORMS["factorized reduce"][1])
+    if relu is None or conv_1 is None or conv_2 is None or norm is None:
+        return None
+    return functools.partial(_both_halves, relu, conv_1, conv_2), norm
 
 
-def _signature(code: CodeType) -> tuple[object, ...]:
-    """What a function without constants computes, whatever its local variables are called."""
-    shape = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_nlocals)
-    return (*shape, code.co_flags & 0xFF & ~_NESTED, code.co_code, code.co_names)
-
-
-_NESTED = 0x10  # CO_NESTED: a class inside a function
-
-
-def _forwards_to_op(cls: Any, forward: Any) -> bool:
-    return _computes_op_of_x(cls, forward)
+def _has_form(form: str, cls: Any, forward: Any) -> bool:
+    return _is_spelled_as(form, cls, forward)
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler along with this package (seconds).
-_forwards_to_op._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_form._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _computes_op_of_x(cls: Any, forward: Any) -> bool:
-    """Whether a class's forward(x) is ``return self.op(x)``, and op can only be a child module."""
+def _is_spelled_as(form: str, cls: Any, forward: Any) -> bool:
+    """Whether a class's forward() is one of a form's, and the names in it can only be children and torch itself."""
+    spellings, children = _FORMS[form]
     return (
         isinstance(forward, FunctionType)
-        and _signature(forward.__code__) == _signature(_Wrapper.forward.__code__)
-        and not hasattr(cls, "op")
+        and any(_signature(forward.__code__) == _signature(spelling.forward.__code__) for spelling in spellings)
+        and forward.__globals__.get("torch", torch) is torch
+        and not any(hasattr(cls, name) for name in children)
         and cls.__call__ is nn.Module.__call__
         and cls.__getattr__ is nn.Module.__getattr__
     )
 
 
-# ---- depthwise convolutions ------------------------------------------------------------------------------------------
+def _signature(code: CodeType) -> tuple[object, ...]:
+    """What a function computes, whatever its local variables are called and its docstring says."""
+    shape = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_nlocals)
+    instructions = [
+        (step.opcode, repr(step.argval) if step.opcode in dis.hasconst else step.arg)
+        for step in dis.get_instructions(code)
+    ]
+    return (*shape, code.co_flags & 0xFF & ~_NESTED, code.co_names, code.co_freevars, instructions)
+
+
+_NESTED = 0x10  # CO_NESTED: a class inside a function
+
+
+# ---- convolutions that run otherwise ---------------------------------------------------------------------------------
 
 
 def _steps(modules: Sequence[nn.Module]) -> list[Step]:
-    """The modules as steps; a depthwise convolution takes the ReLU before it along."""
+    """The modules as steps; a depthwise convolution takes the ReLU before it and the pointwise one after it along."""
     steps: list[Step] = []
-    for module in modules:
-        if type(module) is nn.Conv2d and _is_depthwise(module):
-            before = steps[-1] if steps else None
-            relu = before if type(before) is nn.ReLU and not before.inplace and not is_watched(before) else None
-            if relu is not None:
-                steps.pop()
-            steps.append(functools.partial(_depthwise, relu, module))
-        else:
+    left = list(modules)
+    while left:
+        module, relu = left.pop(0), None
+        if left and _is_plain_relu(module) and _is_depthwise(left[0]):
+            module, relu = left.pop(0), module
+        following = left[0] if left else None
+        if not _is_depthwise(module):
             steps.append(module)
+        elif following is not None and _is_pointwise(following):
+            steps.append(functools.partial(_separable, relu, module, following))
+            left.pop(0)
+        else:
+            steps.append(functools.partial(_depthwise, relu, module))
     return steps
 
 
-def _is_depthwise(conv: nn.Conv2d) -> bool:
+def _is_plain_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:
+    return type(module) is nn.ReLU and not module.inplace and not is_watched(module)
+
+
+def _is_plain_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Without bias, padded with a known number of zeros, and not watched."""
     return (
-        1 < conv.groups == conv.in_channels == conv.out_channels
-        and conv._parameters["bias"] is None
-        and conv.padding_mode == "zeros"
-        and isinstance(conv.padding, tuple)
-        and not is_watched(conv)
+        type(module) is nn.Conv2d
+        and module._parameters["bias"] is None
+        and module.padding_mode == "zeros"
+        and isinstance(module.padding, tuple)
+        and not is_watched(module)
     )
 
 
-def _depthwise(relu: nn.ReLU | None, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    if x.dim() == 4 and x.stride(1) == 1:  # channels_last, which our kernels are made for
-        return depthwise_conv2d(
-            x,
-            conv.weight,
-            stride=conv.stride,
-            padding=conv.padding,  # type: ignore[arg-type]  # a word only where _is_depthwise() says no
-            dilation=conv.dilation,
-            relu=relu is not None,
-        )
+def _is_depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return _is_plain_conv(module) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def _is_pointwise(module: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
+    return (
+        _is_plain_conv(module)
+        and module.groups == 1
+        and (module.kernel_size, module.stride, module.padding) == ((1, 1), (stride, stride), (0, 0))
+    )
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    """What our kernels are made for."""
+    return x.dim() == 4 and x.stride(1) == 1
+
+
+def _depthwise(relu: nn.Module | None, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    if _has_channels_last(x):
+        return depthwise_conv2d(x, conv.weight, **_geometry(relu, conv))
     return conv(x if relu is None else relu(x))
+
+
+def _separable(relu: nn.Module | None, depthwise: nn.Conv2d, pointwise: nn.Conv2d, x: Tensor) -> Tensor:
+    if _has_channels_last(x):
+        return separable_conv2d(x, depthwise.weight, pointwise.weight, **_geometry(relu, depthwise))
+    return pointwise(depthwise(x if relu is None else relu(x)))
+
+
+def _geometry(relu: nn.Module | None, conv: nn.Conv2d) -> dict[str, Any]:
+    return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "relu": relu is not None}
+
+
+def _both_halves(relu: nn.Module, conv_1: nn.Module, conv_2: nn.Module, x: Tensor) -> Tensor:
+    """cat([conv_1(relu(x)), conv_2(relu(x)[:, :, 1:, 1:])], dim=1).
+
+    Pixels that a stride leaves out are not rectified at all. Picking the others beforehand is faster, and safe where
+    the stride is not: in channels_last the gradient of a strided 1x1 convolution with fewer input channels than a
+    vector holds writes out of bounds (oneDNN issue 6035).
+    """
+    if x.dim() == 4 and _is_plain_relu(relu) and _is_pointwise(conv_1, stride=2) and _is_pointwise(conv_2, stride=2):
+        even, odd = F.relu(x[:, :, ::2, ::2]), F.relu(x[:, :, 1::2, 1::2])
+        return torch.cat([F.conv2d(even, conv_1.weight), F.conv2d(odd, conv_2.weight)], dim=1)
+    x = relu(x)
+    return torch.cat([conv_1(x), conv_2(x[:, :, 1:, 1:])], dim=1)
 
 
 # ---- who is watching, who shares -------------------------------------------------------------------------------------

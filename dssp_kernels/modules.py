@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dssp_kernels.arguments import RELAXATIONS
-from dssp_kernels.backend import implementation_for
+from dssp_kernels.backend import implementation_for, transforms_are_active
 from dssp_kernels.batch_norm_mixed_sum.op import batch_norm_mixed_sum
 from dssp_kernels.folding import Parts, describe, norms_shared, parts_of
 from dssp_kernels.mixed_sum.op import mixed_sum
@@ -179,14 +179,18 @@ class FusedMixedEdge(nn.Module):
             if x.shape not in self._output_shapes:
                 self._output_shapes[x.shape] = self._output_shape(x)
             shape = self._output_shapes[x.shape]
-        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        channels_last = (
+            x.dim() == 4
+            and not transforms_are_active()  # vmap has no layouts
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
         memory_format = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format).zero_()
 
     def _output_shape(self, x: Tensor) -> torch.Size:
         with torch.no_grad():
             for op in self._dataless or _without_data(self._ops):
-                y = None if op is None else op(torch.empty_like(x, device="meta"))
+                y = None if op is None else op(torch.empty(x.shape, dtype=x.dtype, device="meta"))
                 if y is not None:
                     return y.shape
         raise ValueError("ops: every candidate returned None, so the shape of the edge's output is unknown")
@@ -199,8 +203,8 @@ class FusedMixedEdge(nn.Module):
 
 
 def _without_data(ops: Iterable[nn.Module | None]) -> list[nn.Module | None]:
-    """Copies that hold no memory but still know what shape they make of an input."""
-    return [None if op is None else copy.deepcopy(op).to("meta") for op in ops]
+    """Copies that hold no memory but still know what shape they make of an input; no norm of them counts batches."""
+    return [None if op is None else copy.deepcopy(op).to("meta").eval() for op in ops]
 
 
 class FusedMixedNode(nn.Module):

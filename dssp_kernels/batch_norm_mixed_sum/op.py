@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from dssp_kernels.arguments import checked_mixture, empty_as, with_strides
-from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, implementation_for
+from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, backward_is_transformed, implementation_for
 from dssp_kernels.batch_norm_mixed_sum.reference import (
     BATCH,
     PLAIN,
@@ -195,9 +195,9 @@ def _read_norms(outputs: Entries, norms: Sequence[nn.BatchNorm2d | None], traini
 def _operators(triton: bool) -> Any:
     """Where the operators are functions by their names: Triton's launchers, or what is registered for each device."""
     if triton:
-        from dssp_kernels.batch_norm_mixed_sum import triton_kernels
+        from dssp_kernels.batch_norm_mixed_sum import triton_launchers
 
-        return triton_kernels
+        return triton_launchers
     return torch.ops.dssp_kernels
 
 
@@ -265,9 +265,10 @@ class _BatchNormMixedSum(torch.autograd.Function):
         needs_alpha, needs_mask, _, *needed = ctx.needs_input_grad[5:]
         needs_output, needs_weight, needs_bias = (_flags(f, len(outputs)) for f in _split(needed, ctx.sizes[:3]))
         given: Any = (outputs, alpha, mask, active, weights, biases, mean, variance, ctx.kinds, ctx.eps, ctx.softmax)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if backward_is_transformed(grad):
             gradients = _reference_gradients(
-                *(grad, *given, needs_alpha, needs_mask, needs_output, needs_weight, needs_bias), create_graph=True
+                *(grad, *given, needs_alpha, needs_mask, needs_output, needs_weight, needs_bias),
+                create_graph=torch.is_grad_enabled(),
             )
         else:
             grad = with_strides(grad, ctx.strides)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, implementation_for
+from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, backward_is_transformed, implementation_for
 from dssp_kernels.depthwise_conv.arguments import autocast, checked_convolution, layout_of, output_size
 from dssp_kernels.depthwise_conv.reference import depthwise_conv2d_reference
 
@@ -72,9 +72,9 @@ def _triton_serves(weight: Tensor, stride: tuple[int, int]) -> bool:
 def _operators(triton: bool) -> Any:
     """Where the operators are functions by their names: Triton's launchers, or what is registered for each device."""
     if triton:
-        from dssp_kernels.depthwise_conv import triton_kernels
+        from dssp_kernels.depthwise_conv import triton_launchers
 
-        return triton_kernels
+        return triton_launchers
     return torch.ops.dssp_kernels
 
 
@@ -99,7 +99,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_input, needs_weight = ctx.needs_input_grad[1:3]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if backward_is_transformed(grad):
             return None, *_differentiable_gradients(ctx, grad), None, None, None, None
         x, weight = ctx.saved_tensors
         d_x, d_weight = _operators(ctx.interpreted).depthwise_conv2d_backward(
@@ -109,15 +109,17 @@ class _DepthwiseConv2d(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Gradients for (x, weight) that can be differentiated again: autograd on the reference formula.
+    """Gradients for (x, weight) that can be differentiated and batched: autograd on the reference formula.
 
     Fresh views stand for the inputs, so that a weight computed from x does not count twice.
     """
     needed = ctx.needs_input_grad[1:3]
-    inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
-    y = depthwise_conv2d_reference(*inputs, *ctx.arguments)
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        y = depthwise_conv2d_reference(*inputs, *ctx.arguments)
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=recorded))
     return [next(found) if need else None for need in needed]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dssp_kernels.arguments import checked_mixture, empty_as, with_strides
-from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, implementation_for
+from dssp_kernels.backend import HAS_TRITON, WHY_NO_CPU_KERNELS, backward_is_transformed, implementation_for
 from dssp_kernels.mixed_sum.reference import mixed_sum_reference
 
 
@@ -53,27 +53,20 @@ def mixed_sum(
         return mixed_sum_reference(outputs, alpha, mask, softmax, active)
     interpreted = implementation == "interpreter"
     if not torch.is_grad_enabled():  # what autograd.Function costs is a third of a small mix
-        return _forward(interpreted, outputs, alpha, mask, active, softmax)
+        return _operators(interpreted).mixed_sum_forward(outputs, alpha, mask, active, softmax)
     return _MixedSum.apply(interpreted, softmax, alpha, mask, active, *outputs)
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
 
 
-def _forward(interpreted: bool, *arguments: Any) -> Tensor:
-    if interpreted:
-        from dssp_kernels.mixed_sum import triton_kernels
+def _operators(triton: bool) -> Any:
+    """Where the operators are functions by their names: Triton's launchers, or what is registered for each device."""
+    if triton:
+        from dssp_kernels.mixed_sum import triton_launchers
 
-        return triton_kernels.mixed_sum_forward(*arguments)
-    return torch.ops.dssp_kernels.mixed_sum_forward(*arguments)
-
-
-def _backward(interpreted: bool, *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
-    if interpreted:
-        from dssp_kernels.mixed_sum import triton_kernels
-
-        return triton_kernels.mixed_sum_backward(*arguments)
-    return torch.ops.dssp_kernels.mixed_sum_backward(*arguments)
+        return triton_launchers
+    return torch.ops.dssp_kernels
 
 
 class _MixedSum(torch.autograd.Function):
@@ -89,7 +82,7 @@ class _MixedSum(torch.autograd.Function):
         active: Tensor | None,
         *outputs: Tensor | None,
     ) -> Tensor:
-        y = _forward(interpreted, outputs, alpha, mask, active, softmax)
+        y = _operators(interpreted).mixed_sum_forward(outputs, alpha, mask, active, softmax)
         needs_parameter_grad = alpha.requires_grad or (mask is not None and mask.requires_grad)
         kept = outputs if needs_parameter_grad else [None] * len(outputs)
         ctx.save_for_backward(alpha, mask, active, *kept)
@@ -100,14 +93,14 @@ class _MixedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         alpha, mask, active, *outputs = ctx.saved_tensors
         needs_alpha, needs_mask, _, *needs_output_grad = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if backward_is_transformed(grad):
             return None, None, *_differentiable_gradients(ctx, grad)
         grad = with_strides(grad, ctx.strides)
         outputs = [None if output is None else with_strides(output, ctx.strides) for output in outputs]
         alpha, mask, active = [None if tensor is None else tensor.contiguous() for tensor in (alpha, mask, active)]
         needs_parameter_grad = needs_alpha or needs_mask
-        requested, d_alpha, d_mask = _backward(
-            ctx.interpreted, grad, outputs, alpha, mask, active, ctx.softmax, needs_output_grad, needs_parameter_grad
+        requested, d_alpha, d_mask = _operators(ctx.interpreted).mixed_sum_backward(
+            grad, outputs, alpha, mask, active, ctx.softmax, needs_output_grad, needs_parameter_grad
         )
         d_outputs = iter(requested)
         return (
@@ -121,7 +114,7 @@ class _MixedSum(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Gradients for (alpha, mask, active, *outputs) that can be differentiated again, from the reference formula.
+    """Gradients for (alpha, mask, active, *outputs) that can be differentiated and batched, from the reference formula.
 
     Fresh views stand for the inputs, so that an output computed from another one does not count twice.
     """
@@ -129,10 +122,12 @@ def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     needed = ctx.needs_input_grad[2:]
     if not (needed[0] or needed[1]):  # linear in the outputs then, which were not saved: their values do not matter
         outputs = [torch.zeros_like(grad, requires_grad=True) if need else None for need in needed[3:]]
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (alpha, mask, active, *outputs)]
-    y = mixed_sum_reference(inputs[3:], cast(Tensor, inputs[0]), inputs[1], ctx.softmax, inputs[2])
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (alpha, mask, active, *outputs)]
+        y = mixed_sum_reference(inputs[3:], cast(Tensor, inputs[0]), inputs[1], ctx.softmax, inputs[2])
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, materialize_grads=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=recorded, materialize_grads=True))
     return [next(found) if need else None for need in needed]
 
 
@@ -215,15 +210,11 @@ if WHY_NO_CPU_KERNELS is not None:
 
 
 def _cuda_forward(*arguments: Any) -> Tensor:
-    from dssp_kernels.mixed_sum import triton_kernels
-
-    return triton_kernels.mixed_sum_forward(*arguments)
+    return _operators(True).mixed_sum_forward(*arguments)
 
 
 def _cuda_backward(*arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
-    from dssp_kernels.mixed_sum import triton_kernels
-
-    return triton_kernels.mixed_sum_backward(*arguments)
+    return _operators(True).mixed_sum_backward(*arguments)
 
 
 _library.impl("mixed_sum_forward", _cuda_forward if HAS_TRITON else _reference_forward, "CUDA")

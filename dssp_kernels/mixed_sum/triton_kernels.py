@@ -1,4 +1,4 @@
-"""Triton kernels and launchers of mixed_sum: one launch forward, two backward, whatever E and K.
+"""Triton kernels of mixed_sum.
 
 Tensors are addressed flat, by element. All but the last n % VECTOR elements are read and written 16 bytes at a time
 under a mask that is constant within 16 bytes; the last few go one by one, in code that exists only where there are any.
@@ -6,37 +6,8 @@ under a mask that is constant within 16 bytes; the last few go one by one, in co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-THREADS = 128
-NUM_WARPS = 2 if torch.version.hip else 4  # a warp is 64 threads on AMD's data centre GPUs
-# Candidates whose loads are in flight together, a power of two. In the backward pass also those that one program
-# serves, so that registers do not grow with K.
-GROUP = 8
-# Programs of the backward pass per group at most; each loops over its share. A constant, so that the partial sums stay
-# few and results do not depend on the device; enough to fill the largest GPU.
-PROGRAMS = 1024
-FINISH_ELEMENTS = 8192  # partial sums that the finishing kernel reads at a time: 128 bytes per thread
-FINISH_WARPS = 8
-
-
-def _block(itemsize: int, candidates: int) -> tuple[int, int]:
-    """(elements per program and step, elements per 16 bytes): about eight 16-byte loads in flight per thread.
-
-    Many candidates bring enough loads by themselves; more would only cost registers and with them resident programs.
-    """
-    vector = 16 // itemsize
-    return THREADS * vector * (4 if candidates <= 2 else 2 if candidates <= 4 else 1), vector
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)  # triton.cdiv takes ten times as long, and launches are what a supernet waits for
-
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
@@ -381,112 +352,3 @@ def mixed_sum_bwd_finish_kernel(
                 tl.store(grad_mask + e, d_mask)
     if SHARED_MASK:
         tl.store(grad_mask, shared_total)
-
-
-# ---- launchers -------------------------------------------------------------------------------------------------------
-
-
-def mixed_sum_forward(
-    outputs: Sequence[Tensor | None], alpha: Tensor, mask: Tensor | None, active: Tensor | None, softmax: bool
-) -> Tensor:
-    """The registered operator on CUDA. Relies on op.py: entries of one shape, dtype, device and dense strides."""
-    y = torch.empty_like(next(output for output in outputs if output is not None))
-    n, candidates = y.numel(), alpha.shape[-1]
-    if n == 0:
-        return y
-    edges = len(outputs) // candidates
-    block, vector = _block(y.element_size(), candidates)
-    grid = (_cdiv(n // vector, block // vector) + (n % vector > 0),)
-    with torch.cuda.device_of(y):
-        mixed_sum_fwd_kernel[grid](
-            y,
-            tuple(outputs),
-            alpha,
-            mask,
-            active,
-            n,
-            E=edges,
-            K=candidates,
-            GROUP=GROUP,
-            SHARED_MASK=mask is not None and mask.numel() < edges,
-            SOFTMAX=softmax,
-            BLOCK=block,
-            VECTOR=vector,
-            REST=n % vector > 0,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,  # Triton's default is about to change
-        )
-    return y
-
-
-def mixed_sum_backward(
-    grad: Tensor,
-    outputs: Sequence[Tensor | None],
-    alpha: Tensor,
-    mask: Tensor | None,
-    active: Tensor | None,
-    softmax: bool,
-    needs_output_grad: Sequence[bool],
-    needs_parameter_grad: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The registered operator on CUDA: gradients asked for, in order; of alpha; of mask (empty if not asked for)."""
-    grads = [torch.empty_like(grad) if needed else None for needed in needs_output_grad]
-    requested = [tensor for tensor in grads if tensor is not None]
-    n, candidates = grad.numel(), alpha.shape[-1]
-    edges = len(outputs) // candidates
-    grad_alpha = torch.empty_like(alpha) if needs_parameter_grad else alpha.new_empty(0)
-    grad_mask = torch.empty_like(mask) if needs_parameter_grad and mask is not None else alpha.new_empty(0)
-    if n == 0:
-        return requested, grad_alpha.zero_(), grad_mask.zero_()
-    if not requested and not needs_parameter_grad:
-        return requested, grad_alpha, grad_mask
-    block, vector = _block(grad.element_size(), candidates)
-    programs = min(PROGRAMS, _cdiv(n, block))
-    columns = 1 << (candidates - 1).bit_length()  # the next power of two
-    shared_mask = mask is not None and mask.numel() < edges
-    with torch.cuda.device_of(grad):
-        partials = None
-        if needs_parameter_grad:
-            dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
-            partials = torch.empty((edges, programs, columns), dtype=dtype, device=grad.device)
-        mixed_sum_bwd_kernel[(edges * _cdiv(candidates, GROUP), programs)](
-            grad,
-            tuple(outputs) if needs_parameter_grad else (None,) * len(outputs),
-            tuple(grads),
-            partials,
-            alpha,
-            mask,
-            active,
-            n,
-            E=edges,
-            K=candidates,
-            GROUP=GROUP,
-            COLUMNS=columns,
-            SHARED_MASK=shared_mask,
-            SOFTMAX=softmax,
-            BLOCK=block,
-            VECTOR=vector,
-            REST=n % vector > 0,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
-        if partials is not None:
-            mixed_sum_bwd_finish_kernel[(1 if shared_mask else edges,)](
-                partials,
-                grad_alpha,
-                grad_mask,
-                alpha,
-                mask,
-                active,
-                programs,
-                E=edges,
-                K=candidates,
-                GROUP=GROUP,
-                COLUMNS=columns,
-                ROWS=max(1, min(PROGRAMS, FINISH_ELEMENTS // columns)),
-                SHARED_MASK=shared_mask,
-                SOFTMAX=softmax,
-                num_warps=FINISH_WARPS,
-                enable_fp_fusion=True,
-            )
-    return requested, grad_alpha, grad_mask

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dssp_kernels.backend import WHY_NO_CPU_KERNELS, implementation_for
+from dssp_kernels.backend import WHY_NO_CPU_KERNELS, backward_is_transformed, implementation_for
 from dssp_kernels.depthwise_conv.arguments import autocast, checked_convolution, layout_of, output_size
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.separable_conv.reference import separable_conv2d_reference
@@ -101,22 +101,24 @@ class _SeparableConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if backward_is_transformed(grad):
             return *_differentiable_gradients(ctx, grad), None, None, None, None
         found = torch.ops.dssp_kernels.separable_conv2d_backward(grad, *ctx.saved_tensors, *ctx.arguments, *needed)
         return *(d if need else None for d, need in zip(found, needed, strict=True)), None, None, None, None
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Gradients for (x, depthwise, pointwise) that can be differentiated again: autograd on the reference formula.
+    """Gradients for (x, depthwise, pointwise) that can be differentiated and batched: autograd on the reference.
 
     Fresh views stand for the inputs, so that a weight computed from x does not count twice.
     """
     needed = ctx.needs_input_grad[:3]
-    inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
-    y = separable_conv2d_reference(*inputs, *ctx.arguments)
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        y = separable_conv2d_reference(*inputs, *ctx.arguments)
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=recorded))
     return [next(found) if need else None for need in needed]
 
 

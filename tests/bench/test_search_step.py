@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -20,8 +21,10 @@ from bench.step_kinds import KINDS, kind, self_times, share_by_kind
 from bench.step_processes import run_apart
 from bench.step_scaling import SERIES, points
 from bench.step_subjects import (
-    ALPHAS,
+    DIGITS,
     MAIN,
+    NASBENCH,
+    SUBJECTS,
     Case,
     Subject,
     TrainingStep,
@@ -29,6 +32,7 @@ from bench.step_subjects import (
     build_contenders,
     kept_edges,
     load_batches,
+    renamed_darts,
 )
 from bench.step_turns import take_turns
 from dssp.data import DataSet
@@ -37,6 +41,9 @@ from dssp.supernet import Supernet
 
 CPU = torch.device("cpu")
 TINY = Case("darts", channels=16, cells=3, batch=4)
+TINY_NASBENCH = Case("nasbench201", channels=8, cells=1, batch=4)
+CONTRACT = {"name", "stock_seconds", "stock_channels_last_seconds", "ours_seconds", "ours_half_pruned_seconds"}
+CONTRACT |= {"loss_error", "gradient_error", "stock_peak_bytes", "ours_peak_bytes"}
 SPEEDUP = re.compile(rf"{TIMES}\d")
 
 
@@ -55,12 +62,16 @@ def one_node(supernet: type[Supernet] = Supernet) -> Subject:
         sizes = {"channels": case.channels, "cells": case.cells, "classes": len(data.classes)}
         return supernet(replace(DARTS, nodes=1), **sizes, gated=False)
 
-    return Subject("fake", stock, ours, ALPHAS, image_size=8)
+    return Subject("fake", stock, ours, renamed_darts, image_size=8)
 
 
-def run(out: Path, subject: Subject, *flags: str) -> tuple[int, dict[str, Any]]:
-    argv = ["--quick", "--device=cpu", f"--cases={TINY}", "--rounds=1", "--out", str(out), *flags]
-    status = search_step.main(argv, {TINY.subject: subject})
+SMALL = {TINY: one_node(), TINY_NASBENCH: replace(SUBJECTS["nasbench201"], image_size=8)}
+every_space = pytest.mark.parametrize(("case", "subject"), SMALL.items(), ids=[case.subject for case in SMALL])
+
+
+def run(out: Path, subject: Subject, *flags: str, case: Case = TINY) -> tuple[int, dict[str, Any]]:
+    argv = ["--device=cpu", f"--cases={case}", "--rounds=1", "--out", str(out), *flags]
+    status = search_step.main(argv, {case.subject: subject})
     return status, json.loads((out / "search_step.json").read_text())
 
 
@@ -69,7 +80,9 @@ def test_case_is_its_name() -> None:
     assert Case.parse(str(MAIN)) == MAIN
 
 
-@pytest.mark.parametrize("name", ["darts", "unknown-c16-l8-b32", "darts-c4-l8-b32", "darts-c16-l2-b32"])
+@pytest.mark.parametrize(
+    "name", ["darts", "unknown-c16-l8-b32", "darts-c4-l8-b32", "darts-c16-l2-b32", "nasbench201-c16-l0-b32"]
+)
 def test_case_of_another_form_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"got '{name}', expected"):
         Case.parse(name)
@@ -82,39 +95,41 @@ def test_pruning_leaves_its_share_and_an_edge_into_every_node(share: float, coun
     assert all(not kept.isdisjoint(DARTS.edges_into(node)) for node in DARTS.concat)
 
 
-def test_contenders_differ_only_in_what_they_are_named_after() -> None:
-    nets = build_contenders(TINY, one_node(), one_node().load(CPU), CPU)
+@every_space
+def test_contenders_differ_only_in_what_they_are_named_after(case: Case, subject: Subject) -> None:
+    nets = build_contenders(case, subject, subject.load(CPU), CPU)
     stock, channels_last, ours, half = (net.state_dict() for net in nets.values())
     assert len(stock) == len(channels_last) == len(ours) > len(half)
     for key, value in stock.items():
-        assert torch.equal(value, ours[ALPHAS.get(key, key)])
+        assert torch.equal(value, ours[subject.renamed(key)])
         assert torch.equal(value, channels_last[key])
     assert all(torch.equal(value, ours[key]) for key, value in half.items())
-    pruned = nets["ours_half_pruned"]
-    assert isinstance(pruned, Supernet) and len(pruned.live_edges()) == 2  # of 4
+    whole, pruned = nets["ours"], nets["ours_half_pruned"]
+    assert isinstance(whole, Supernet) and isinstance(pruned, Supernet)
+    assert 2 * len(pruned.live_edges()) == len(whole.live_edges())
 
 
-def test_bilevel_steps_of_stock_and_ours_lead_to_the_same_weights() -> None:
-    subject = one_node()
+@every_space
+def test_bilevel_steps_of_stock_and_ours_lead_to_the_same_weights(case: Case, subject: Subject) -> None:
     data = subject.load(CPU)
-    batches = [(images.double(), labels) for images, labels in load_batches(TINY, data)]
-    nets = {name: net.double() for name, net in build_contenders(TINY, subject, data, CPU).items()}
-    before = nets["stock"].state_dict()["alphas_normal"].clone()
-    for step in bilevel_steps(TINY, subject, data, nets, *batches).values():
+    batches = [(images.double(), labels) for images, labels in load_batches(case, data)]
+    nets = {name: net.double() for name, net in build_contenders(case, subject, data, CPU).items()}
+    before = copy.deepcopy(nets["stock"].state_dict())
+    for step in bilevel_steps(case, subject, data, nets, *batches).values():
         step["step"]()
     stock, ours = nets["stock"].state_dict(), nets["ours"].state_dict()
-    assert not torch.equal(stock["alphas_normal"], before)
     for key, value in stock.items():
-        torch.testing.assert_close(ours[ALPHAS.get(key, key)], value, rtol=1e-6, atol=1e-9)
+        assert not torch.equal(value, before[key])
+        torch.testing.assert_close(ours[subject.renamed(key)], value, rtol=1e-6, atol=1e-9)
 
 
 def test_gradient_error_is_that_of_the_worst_parameter() -> None:
     nets = [nn.Linear(2, 2), nn.Linear(2, 2)]
     for net, scale in zip(nets, (1.0, 1.5), strict=True):
         net.weight.grad, net.bias.grad = torch.ones(2, 2), torch.ones(2) * scale
-    assert gradient_error(*nets, {}) == pytest.approx(0.5)
+    assert gradient_error(*nets, str) == pytest.approx(0.5)
     nets[1].weight.grad = torch.full((2, 2), math.nan)
-    assert math.isnan(gradient_error(*nets, {}))
+    assert math.isnan(gradient_error(*nets, str))
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -194,26 +209,45 @@ def test_process_that_fails_gives_its_reason() -> None:
     assert "has" in found["problem"] and "too few for a batch" in found["problem"]
 
 
-def test_run_writes_json_and_speedups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = run(tmp_path, one_node(), "--scaling", "batch", f"--scaling-case={TINY}")
+@every_space
+def test_quick_run_has_the_main_figures(
+    case: Case, subject: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = run(tmp_path, subject, "--quick", case=case)
     assert status == 0
-    assert set(found) >= {"machine", "versions", "commit", "cases", "scaling", "first_step", "torch_compile"}
     (row,) = found["cases"]
-    assert row["name"] == str(TINY) and row["accuracy"] == "green"
-    for name in ("stock", "stock_channels_last", "ours", "ours_half_pruned"):
-        parts = row["forward_seconds"][name] + row["backward_seconds"][name]
-        assert row[f"{name}_seconds"] == pytest.approx(parts)  # of a single round
-        assert row["bilevel_seconds"][name] > 0
+    assert set(row) >= CONTRACT
+    assert row["name"] == str(case) and row["accuracy"] == "green"
     assert 0 < row["ours_half_pruned_peak_bytes"] < row["ours_peak_bytes"] < row["stock_peak_bytes"]
     assert row["loss_error"] < 1e-5 and row["gradient_error_float64"] < 1e-9
-    assert found["scaling"][0]["values"] == [2, 4, 8] and len(found["scaling"][0]["seconds"]) == 3
-    assert found["first_step"][str(TINY)]["step_seconds"] > 0
+    assert not found["scaling"] and not found["first_step"] and not found["torch_compile"]
     printed = capsys.readouterr().out
     assert SPEEDUP.search(printed) and "RED" not in printed
 
 
+def test_quick_run_has_every_space_and_the_default_search() -> None:
+    assert search_step.parse(["--quick", "--device=cpu"]).cases == [MAIN, NASBENCH, DIGITS]
+
+
+def test_full_run_writes_everything(tmp_path: Path) -> None:
+    flags = ["--scaling", "batch", f"--scaling-case={TINY}", "--compile-timeout=0"]
+    status, found = run(tmp_path, one_node(), *flags)
+    assert status == 0
+    assert set(found) >= {"machine", "versions", "commit", "cases", "scaling", "first_step", "torch_compile"}
+    (row,) = found["cases"]
+    assert set(row) >= CONTRACT
+    for name in ("stock", "stock_channels_last", "ours", "ours_half_pruned"):
+        parts = row["forward_seconds"][name] + row["backward_seconds"][name]
+        assert row[f"{name}_seconds"] == pytest.approx(parts)  # of a single round
+        assert row["bilevel_seconds"][name] > 0
+    assert set(row["kinds"]) == {"stock", "ours"}
+    assert found["scaling"][0]["values"] == [2, 4, 8, 16] and len(found["scaling"][0]["seconds"]) == 4
+    assert found["first_step"][str(TINY)]["step_seconds"] > 0
+
+
 def test_wrong_supernet_is_red_and_shows_no_speedup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = run(tmp_path, one_node(OnePercentOff), "--scaling", "--no-first-step")
+    flags = ["--scaling", "--no-first-step", "--compile-timeout=0"]
+    status, found = run(tmp_path, one_node(OnePercentOff), *flags)
     assert status == 1
     (row,) = found["cases"]
     assert row["accuracy"] == "red"

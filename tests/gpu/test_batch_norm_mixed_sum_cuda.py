@@ -14,7 +14,8 @@ from torch.autograd import gradgradcheck
 
 from dssp_kernels import FusedMixedEdge, batch_norm_mixed_sum
 from tests.kernels.guards import guarded_allocations, in_margins
-from tests.kernels.test_batch_norm_mixed_sum import KINDS, LAYOUTS, Case, case, eager, fused, run
+from tests.kernels.tensors import LAYOUTS
+from tests.kernels.test_batch_norm_mixed_sum import KINDS, Case, case, eager, fused, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,7 +61,7 @@ def captured(compute: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(
     "shape", [(3, 5, 7, 9), (8, 16, 16, 16), (4, 24, 9, 7), (16, 40, 1, 1), (2, 130, 6, 6)], ids=str

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from dssp_kernels import depthwise_conv2d, separable_conv2d
-from tests.kernels.convolutions import LAYOUTS, exact_results, normal
+from tests.kernels.convolutions import exact_results, normal
 from tests.kernels.guards import guarded_allocations, in_margins
+from tests.kernels.tensors import LAYOUTS
 from tests.kernels.test_depthwise_conv import eager
 
 pytestmark = [

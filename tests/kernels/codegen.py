@@ -22,9 +22,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dssp_kernels.batch_norm_mixed_sum import triton_kernels as batch_norm
+from dssp_kernels import triton_launch
+from dssp_kernels.batch_norm_mixed_sum import triton_launchers as batch_norm
 from dssp_kernels.batch_norm_mixed_sum.reference import BATCH, PLAIN, RUNNING
-from dssp_kernels.mixed_sum import triton_kernels as mixed_sum
+from dssp_kernels.mixed_sum import triton_launchers as mixed_sum
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "U8": 1}  # bytes by SASS suffix; none: 4
@@ -50,8 +51,8 @@ class OfflineDriver:
 def compiling_for(arch: int | str) -> Iterator[list[Any]]:
     """Triton's compiled kernels in the order the launchers launch them, for tensors that take no memory."""
     triton.runtime.driver.set_active(OfflineDriver(arch))
-    for module in (mixed_sum, batch_norm):
-        module.NUM_WARPS = module.THREADS // triton.runtime.driver.active.get_current_target().warp_size
+    warp_size = triton.runtime.driver.active.get_current_target().warp_size
+    triton_launch.NUM_WARPS = triton_launch.THREADS // warp_size
     kernels: list[Any] = []
     run = JITFunction.run
     JITFunction.run = lambda *args, **keywords: kernels.append(run(*args, **keywords | {"warmup": True}))

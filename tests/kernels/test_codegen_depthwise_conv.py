@@ -128,20 +128,18 @@ def test_pixels_are_read_and_written_16_bytes_at_a_time(v: Variant) -> None:
 
 
 def main() -> None:
-    from dssp_kernels.depthwise_conv import triton_kernels
-    from dssp_kernels.mixed_sum import triton_kernels as mixed_sum
+    from dssp_kernels.depthwise_conv import triton_launchers
     from tests.kernels.codegen import amd_facts, compiling_for, sass_facts
 
     results = []
     for v in json.load(sys.stdin):
         with compiling_for(v["arch"]) as kernels:
-            triton_kernels.NUM_WARPS = mixed_sum.NUM_WARPS
             layout = getattr(torch, v["layout"])
             x = torch.empty(v["shape"], dtype=getattr(torch, v["dtype"])).to(memory_format=layout)
             weight = torch.empty(v["shape"][1], 1, v["kernel"], v["kernel"], dtype=x.dtype)
             pairs = [(v["stride"],) * 2, (v["dilation"] * (v["kernel"] // 2),) * 2, (v["dilation"],) * 2]
-            y = triton_kernels.depthwise_conv2d_forward(x, weight, *pairs, True)
-            triton_kernels.depthwise_conv2d_backward(y, x, weight, *pairs, True, True, True)
+            y = triton_launchers.depthwise_conv2d_forward(x, weight, *pairs, True)
+            triton_launchers.depthwise_conv2d_backward(y, x, weight, *pairs, True, True, True)
         codes = [kernel.asm for kernel in kernels]
         facts = [sass_facts(c["cubin"]) if isinstance(v["arch"], int) else amd_facts(c["amdgcn"]) for c in codes]
         results.append(dict(zip(KERNELS, facts, strict=True)))

@@ -438,6 +438,7 @@ def test_candidates_may_be_replaced_later() -> None:
 @pytest.mark.skipif(WHY_NO_CPU_KERNELS is not None, reason=f"C++ kernels: {WHY_NO_CPU_KERNELS}")
 def test_darts_convolutions_are_folded() -> None:
     assert "BatchNorm folded: 1, 2, 4, 5, 6, 7" in repr(both(lambda: MixedOp(8, 1))[1])
+    assert "BatchNorm folded: 1, 2, 3, 4, 5, 6, 7" in repr(both(lambda: MixedOp(8, 2))[1])
 
 
 # ---- a mixed op that is nothing but the sum is a FusedMixedEdge ------------------------------------------------------

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from tests.kernels.backends import with_cpu_kernels
-from tests.kernels.convolutions import LAYOUTS, SLACK, assert_as_exact, normal, run
+from tests.kernels.convolutions import assert_as_exact, normal, run
+from tests.kernels.tensors import LAYOUTS, SLACK
 
 
 def eager(

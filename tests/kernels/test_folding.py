@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import stock_darts
+from bench.stock_darts import FactorizedReduce
 from dssp.spaces import DARTS
 from dssp.spaces.operations import Zero, build_candidate
 from dssp_kernels import FusedMixedEdge, FusedMixedNode
@@ -36,8 +39,8 @@ def unfused(edge: FusedMixedEdge, x: Tensor) -> Tensor:
     return edge.mask.sigmoid() * sum(w * o for w, o in zip(weights, outputs, strict=True) if o is not None)
 
 
-def norms_left_to_the_mix(edge: FusedMixedEdge) -> list[int]:
-    norms = edge.candidate_outputs(X, edge.training)[1]
+def norms_left_to_the_mix(edge: FusedMixedEdge, x: Tensor = X) -> list[int]:
+    norms = edge.candidate_outputs(x, edge.training)[1]
     return [i for i, norm in enumerate(norms) if norm is not None]
 
 
@@ -146,6 +149,44 @@ class _Callable(_Wrapper):
         return super().__call__(x) + 1
 
 
+class _Authors(FactorizedReduce):
+    """Spelled as in DARTS' operations.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stock one of the benchmark is a line shorter, and has no docstring."""
+        x = self.relu(x)
+        out = torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1)
+        out = self.bn(out)
+        return out
+
+
+class _Unshifted(FactorizedReduce):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(x)
+        out = torch.cat([self.conv_1(x), self.conv_2(x[:, :, 0:, 1:])], dim=1)
+        return self.bn(out)
+
+
+class _Swapped(FactorizedReduce):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(x)
+        out = torch.cat([self.conv_2(x), self.conv_1(x[:, :, 1:, 1:])], dim=1)
+        return self.bn(out)
+
+
+class _ClassAttribute(FactorizedReduce):
+    relu = staticmethod(nn.functional.leaky_relu)  # what self.relu finds
+
+
+class _OtherTorch(FactorizedReduce):
+    """Its forward() has another `torch` among its globals."""
+
+    forward = types.FunctionType(
+        FactorizedReduce.forward.__code__,
+        {"torch": types.SimpleNamespace(cat=lambda halves, dim: torch.cat(halves[::-1], dim))},
+    )
+
+
 def _with(change: Callable[[nn.Module], object], make: Callable[[], nn.Module] = conv_norm) -> nn.Module:
     candidate = make()
     change(candidate)
@@ -224,6 +265,14 @@ def _operators_run(candidate: nn.Module, x: Tensor) -> set[str]:
 
 
 DEPTHWISE = "dssp_kernels::depthwise_conv2d_forward"
+SEPARABLE = "dssp_kernels::separable_conv2d_forward"
+
+
+def separable_norm(relu: nn.Module | None = None, **changes: object) -> nn.Sequential:
+    """DARTS' DilConv: its pointwise convolution has no bias."""
+    candidate = depthwise_norm(relu)
+    candidate[2] = nn.Conv2d(8, 8, 1, **{"bias": False} | changes)
+    return candidate
 
 
 @pytest.mark.parametrize("wrap", [_Wrapper, lambda op: op], ids=["wrapped", "plain"])
@@ -231,6 +280,108 @@ def test_depthwise_convolution_runs_with_its_relu_inside(wrap: Callable[[nn.Modu
     found = _operators_run(wrap(depthwise_norm()), X)
     assert DEPTHWISE in found and "aten::relu" not in found
 
+
+@pytest.mark.parametrize("wrap", [_Wrapper, lambda op: op], ids=["wrapped", "plain"])
+def test_relu_depthwise_and_pointwise_convolution_run_in_one_kernel(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    found = _operators_run(wrap(separable_norm()), X)
+    assert SEPARABLE in found and found.isdisjoint({DEPTHWISE, "aten::relu", "aten::conv2d"})
+
+
+@pytest.mark.parametrize("name", ["sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+def test_convolutions_of_darts_compute_what_their_forward_does(
+    name: str, stride: int, layout: torch.memory_format
+) -> None:
+    edge = FusedMixedEdge([stock_darts.OPS[name](8, stride)])
+    other = copy.deepcopy(edge)
+    x = X.contiguous(memory_format=layout)
+    assert_same(edge, other, lambda: edge(x), lambda: unfused(other, x))
+
+
+NOT_POINTWISE = {
+    "bias": lambda: separable_norm(bias=True),
+    "strided": lambda: separable_norm(stride=2),
+    "padded": lambda: separable_norm(padding=1),
+    "grouped": lambda: separable_norm(groups=2),
+    "hook": lambda: _with(lambda c: c[2].register_forward_hook(_hook), separable_norm),
+}
+
+
+@pytest.mark.parametrize("make", NOT_POINTWISE.values(), ids=NOT_POINTWISE)
+def test_other_convolutions_after_a_depthwise_one_run_as_they_are(make: Callable[[], nn.Module]) -> None:
+    edge = FusedMixedEdge([make()])
+    other = copy.deepcopy(edge)
+    found = _operators_run(copy.deepcopy(edge)._ops[0], X)
+    assert SEPARABLE not in found and found >= {DEPTHWISE, "aten::conv2d"}
+    assert_same(edge, other, lambda: edge(X), lambda: unfused(other, X))
+
+
+# ---- DARTS' FactorizedReduce -----------------------------------------------------------------------------------------
+
+WIDE = torch.randn(4, 16, 6, 6).contiguous(memory_format=torch.channels_last)  # see the test of few channels
+
+
+@pytest.mark.parametrize("make", [_Authors, FactorizedReduce], ids=["authors", "shorter"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_factorized_reduce_computes_what_its_forward_does(make: type[nn.Module], training: bool) -> None:
+    edge = FusedMixedEdge([make(16, 8), make(16, 8)]).train(training)
+    other = copy.deepcopy(edge)
+    assert norms_left_to_the_mix(copy.deepcopy(edge), WIDE) == [0, 1]
+    assert_same(edge, other, lambda: edge(WIDE), lambda: unfused(other, WIDE))
+
+
+@pytest.mark.parametrize("channels", [2, 4, 6])
+def test_factorized_reduce_of_few_channels_is_safe_in_channels_last(channels: int) -> None:
+    """There torch's own gradient of a strided 1x1 convolution writes out of bounds: oneDNN issue 6035."""
+    edge = FusedMixedEdge([FactorizedReduce(channels, 8)]).to(memory_format=torch.channels_last)
+    other = copy.deepcopy(edge).to(memory_format=torch.contiguous_format)
+    leaves = [X[:, :channels].contiguous(memory_format=torch.channels_last), X[:, :channels].contiguous()]
+    x, y = (leaf.requires_grad_() for leaf in leaves)
+    assert_same(edge, other, lambda: edge(x), lambda: unfused(other, y))
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [_Unshifted, _Swapped, _ClassAttribute, _OtherTorch])
+def test_reduction_that_is_spelled_otherwise_runs_as_it_is(make: type[nn.Module]) -> None:
+    edge = FusedMixedEdge([FactorizedReduce(16, 8), make(16, 8)])
+    other = copy.deepcopy(edge)
+    assert norms_left_to_the_mix(copy.deepcopy(edge), WIDE) == [0]
+    assert_same(edge, other, lambda: edge(WIDE), lambda: unfused(other, WIDE))
+
+
+def _set(**children: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: _with(
+        lambda c: [setattr(c, name, child) for name, child in children.items()], lambda: FactorizedReduce(16, 8)
+    )
+
+
+OTHER_CHILDREN = {
+    "leaky": _set(relu=nn.LeakyReLU()),
+    "biased": _set(conv_1=nn.Conv2d(16, 4, 1, stride=2)),
+    "dense": _set(conv_1=nn.Conv2d(16, 4, 1, bias=False), conv_2=nn.Conv2d(16, 4, 2, padding=(1, 1), bias=False)),
+    "larger": _set(**{f"conv_{i}": nn.Conv2d(16, 4, 3, stride=2, padding=1, bias=False) for i in (1, 2)}),
+}
+
+
+@pytest.mark.parametrize("make", OTHER_CHILDREN.values(), ids=OTHER_CHILDREN)
+def test_reduction_with_other_children_computes_what_its_forward_does(make: Callable[[], nn.Module]) -> None:
+    edge = FusedMixedEdge([make()])
+    other = copy.deepcopy(edge)
+    assert norms_left_to_the_mix(copy.deepcopy(edge), WIDE) == [0]
+    assert_same(edge, other, lambda: edge(WIDE), lambda: unfused(other, WIDE))
+
+
+def test_hook_on_a_half_of_a_reduction_still_sees_it() -> None:
+    seen: list[Tensor] = []
+    candidate = FactorizedReduce(16, 8)
+    candidate.conv_2.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    edge = FusedMixedEdge([candidate])
+    assert norms_left_to_the_mix(edge, WIDE) == [0]
+    torch.testing.assert_close(seen[0], candidate.conv_2(WIDE.relu()[:, :, 1:, 1:]))
+
+
+# ---- convolutions that are not as in DARTS ---------------------------------------------------------------------------
 
 ORDINARY = {
     "bias": (lambda: depthwise_norm(bias=True), X),
@@ -334,11 +485,19 @@ def test_folded_edge_saves_little_more_than_half_of_what_eager_saves() -> None:
 
 
 def test_folded_edge_compiles_without_graph_breaks() -> None:
-    edge = FusedMixedEdge([conv_norm(), _Protocol(), nn.Identity(), _Wrapper(depthwise_norm())])
+    edge = FusedMixedEdge([conv_norm(), _Protocol(), nn.Identity(), _Wrapper(depthwise_norm()), separable_norm()])
     other = copy.deepcopy(edge)
     torch._dynamo.reset()
     compiled = torch.compile(edge, fullgraph=True)
     assert_same(edge, other, lambda: compiled(X), lambda: other(X))
+
+
+def test_folded_reduction_compiles_without_graph_breaks() -> None:
+    edge = FusedMixedEdge([_Authors(16, 8), FactorizedReduce(16, 8)])
+    other = copy.deepcopy(edge)
+    torch._dynamo.reset()
+    compiled = torch.compile(edge, fullgraph=True, backend="aot_eager")
+    assert_same(edge, other, lambda: compiled(WIDE), lambda: other(WIDE))
 
 
 def test_autocast_mixes_what_the_bodies_give() -> None:

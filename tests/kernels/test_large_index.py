@@ -67,25 +67,25 @@ N = 2**31 + 4099  # whole vectors, and a rest
 
 @with_interpreter
 def test_triton_mixed_sum_reaches_the_last_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dssp_kernels.mixed_sum import triton_kernels
+    from dssp_kernels.mixed_sum import triton_launchers
 
     x, alpha = zeros_but_for_the_end(N), torch.tensor([[0.25, 2.0]])
     run_only(monkeypatch, 0, -5, -4, -3, -2, -1)
-    y = triton_kernels.mixed_sum_forward([x, x], alpha, None, None, False)
+    y = triton_launchers.mixed_sum_forward([x, x], alpha, None, None, False)
     torch.testing.assert_close(y[-4000:], 2.25 * x[-4000:], rtol=2e-3, atol=2e-3)
     assert not y[:1000].any()
 
 
 @with_interpreter
 def test_triton_mixed_sum_writes_the_last_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dssp_kernels.mixed_sum import triton_kernels
+    from dssp_kernels.mixed_sum import triton_launchers
 
     n = 2**31 + 3  # the interpreter's range() ends at 2^31, so what lies beyond is the rest shorter than a vector
-    programs = 2**31 // triton_kernels._block(2, 2)[0] - 100  # so that the first 100 make two steps
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", programs)
+    programs = 2**31 // triton_launchers._block(2, 2)[0] - 100  # so that the first 100 make two steps
+    monkeypatch.setattr(triton_launchers, "PROGRAMS", programs)
     run_only(monkeypatch, 0, 99, -1)
     x, grad, alpha = zeros_but_for_the_end(n), zeros_but_for_the_end(n, seed=1), torch.tensor([[0.25, 2.0]])
-    d_outputs, _, _ = triton_kernels.mixed_sum_backward(
+    d_outputs, _, _ = triton_launchers.mixed_sum_backward(
         grad, [x, None], alpha, None, None, False, [True, False], needs_parameter_grad=True
     )
     torch.testing.assert_close(d_outputs[0][-4000:], 0.25 * grad[-4000:])
@@ -95,7 +95,7 @@ def test_triton_mixed_sum_writes_the_last_gradients(monkeypatch: pytest.MonkeyPa
 @with_interpreter
 @pytest.mark.parametrize("channels", [8, 64])
 def test_triton_batch_norm_mixed_sum_reaches_the_last_elements(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dssp_kernels.batch_norm_mixed_sum import reference, triton_kernels
+    from dssp_kernels.batch_norm_mixed_sum import reference, triton_launchers
 
     x = zeros_but_for_the_end(2**28 // channels + 1, channels, 4, 2)
     grad = zeros_but_for_the_end(2**28 // channels + 1, channels, 4, 2, seed=1)
@@ -103,12 +103,12 @@ def test_triton_batch_norm_mixed_sum_reaches_the_last_elements(channels: int, mo
     mean, variance = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
     mixture = ([x], torch.ones(1, 1), None, None, [], [])
     norms = ([reference.RUNNING], [0.0], False)
-    y, *statistics = triton_kernels.batch_norm_mixed_sum_forward(*mixture, [mean], [variance], *norms)
+    y, *statistics = triton_launchers.batch_norm_mixed_sum_forward(*mixture, [mean], [variance], *norms)
     torch.testing.assert_close(
         y[-1:].float(), (x[-1:].float() - mean.view(-1, 1, 1)) / variance.sqrt().view(-1, 1, 1), rtol=2e-3, atol=2e-3
     )
     needs = [True], [False], [False], False
-    d_outputs, _, _ = triton_kernels.batch_norm_mixed_sum_backward(grad, *mixture, *statistics, *norms, *needs)
+    d_outputs, _, _ = triton_launchers.batch_norm_mixed_sum_backward(grad, *mixture, *statistics, *norms, *needs)
     torch.testing.assert_close(
         d_outputs[0][-1:].float(), grad[-1:].float() / variance.sqrt().view(-1, 1, 1), rtol=2e-3, atol=2e-3
     )

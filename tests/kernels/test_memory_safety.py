@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dssp_kernels import batch_norm_mixed_sum, depthwise_conv2d, get_backend, mixed_sum, separable_conv2d, set_backend
 from dssp_kernels.backend import WHY_NO_CPU_KERNELS
-from tests.kernels.convolutions import LAYOUTS
+from tests.kernels.tensors import LAYOUTS
 
 NAN_BYTES, ZERO_BYTES = 0x100, 0xFF  # M_PERTURB fills what malloc gives with the complement of the lowest byte
 M_PERTURB = -6

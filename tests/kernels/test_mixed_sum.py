@@ -14,15 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dssp_kernels import mixed_sum
 from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.mixtures import Mixture, assert_as_exact_as_eager, mixture, oracle, run
-
-SLACK = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-14}
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
-    "transposed": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
-    "sliced": lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]],
-    "strided": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
-}
+from tests.kernels.tensors import LAYOUTS, SLACK
 
 
 @pytest.mark.parametrize("dtype", list(SLACK), ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dssp_kernels import batch_norm_mixed_sum, mixed_sum
 from tests.kernels import mixtures
 from tests.kernels import test_batch_norm_mixed_sum as with_norms
-from tests.kernels.convolutions import LAYOUTS, SLACK
 from tests.kernels.mixtures import Mixture
+from tests.kernels.tensors import LAYOUTS, SLACK
 from tests.kernels.test_batch_norm_mixed_sum import Case
 
 # ---- any arguments ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dssp_kernels import separable_conv2d
 from tests.kernels.backends import with_cpu_kernels
-from tests.kernels.convolutions import LAYOUTS, SLACK, assert_as_exact, normal, run
+from tests.kernels.convolutions import assert_as_exact, normal, run
+from tests.kernels.tensors import LAYOUTS, SLACK
 
 
 def eager(

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from dssp_kernels import FusedMixedEdge, batch_norm_mixed_sum, get_backend, set_backend
 from tests.kernels.guards import guarded_allocations, in_margins
+from tests.kernels.tensors import LAYOUTS
 from tests.kernels.test_batch_norm_mixed_sum import (
     KINDS,
-    LAYOUTS,
     SLACK,
     Case,
     assert_as_exact_as_eager,
     case,
     eager,
     fused,
+    parameters,
     run,
 )
 
@@ -30,7 +31,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET is not 1: tests/gpu has the claims for compiled kernels", allow_module_level=True)
 
-from dssp_kernels.batch_norm_mixed_sum import triton_kernels  # noqa: E402  # imports triton, which may be absent
+from dssp_kernels.batch_norm_mixed_sum import triton_launchers  # noqa: E402  # imports triton, which may be absent
 
 # The interpreter truncates float32 to bfloat16 where the hardware rounds: one unit in the last place.
 TRITON_SLACK = SLACK | {torch.bfloat16: 2.0**-6}
@@ -93,10 +94,10 @@ def test_any_dense_order_of_dimensions() -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_blocks_of_channels_and_shares_of_units(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "THREADS", 16)
-    monkeypatch.setattr(triton_kernels, "MAX_WIDTH", 4)
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", 30)
-    monkeypatch.setattr(triton_kernels, "TABLE_ELEMENTS", 8)
+    monkeypatch.setattr(triton_launchers, "THREADS", 16)
+    monkeypatch.setattr(triton_launchers, "MAX_WIDTH", 4)
+    monkeypatch.setattr(triton_launchers, "PROGRAMS", 30)
+    monkeypatch.setattr(triton_launchers, "TABLE_ELEMENTS", 8)
     assert_exact(case((5, 10, 3, 8), ["affine", "plain"], layout=LAYOUTS[layout]))
 
 
@@ -265,6 +266,47 @@ def test_norm_of_several_entries_is_updated_by_one_after_the_other() -> None:
         theirs(tensor)
     for name, buffer in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], buffer)
+
+
+def _columns_of_tables(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """The norm with everything it holds per channel in the first column of a table, the second one full of NaN."""
+
+    def column(values: Tensor) -> Tensor:
+        return torch.stack([values.detach(), torch.full_like(values, torch.nan)], dim=1)[:, 0]
+
+    for name in ("weight", "bias"):
+        setattr(norm, name, nn.Parameter(column(getattr(norm, name))))
+    for name in ("running_mean", "running_var"):
+        setattr(norm, name, column(getattr(norm, name)))
+    return norm
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_norms_whose_values_lie_apart_are_read_and_updated_where_they_are(training: bool) -> None:
+    c = case((3, 5, 4, 4), ["affine", "plain", "affine"], training=training, layout=LAYOUTS["channels_last"])
+    apart = replace(c, norms=tuple(norm and _columns_of_tables(copy.deepcopy(norm)) for norm in c.norms))
+    places = [buffer.data_ptr() for buffer in _buffers(apart)]
+    for each in (c, apart):
+        y = fused(each, c.mixture.outputs, c.mixture.alpha, c.mixture.mask)
+        y.backward(c.mixture.grad)
+    for ours, theirs in zip(parameters(apart), parameters(c), strict=True):
+        assert ours.stride() == (2,) and torch.equal(ours.grad, theirs.grad)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(_buffers(apart), _buffers(c), strict=True))
+    assert [buffer.data_ptr() for buffer in _buffers(apart)] == places
+
+
+def _buffers(c: Case) -> list[Tensor]:
+    return [buffer for norm in c.norms if norm for buffer in norm.buffers()]
+
+
+def test_norm_whose_values_lie_apart_is_updated_by_one_entry_after_the_other() -> None:
+    ours, theirs = _columns_of_tables(nn.BatchNorm2d(4)), nn.BatchNorm2d(4)
+    x = [torch.randn(3, 4, 5, 5) + i for i in range(3)]
+    batch_norm_mixed_sum(x, torch.zeros(3), norms=[ours] * 3, training=True)
+    for tensor in x:
+        theirs(tensor)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), buffer)
 
 
 def test_edge_folds_its_norms() -> None:

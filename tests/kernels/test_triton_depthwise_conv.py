@@ -15,15 +15,16 @@ from torch import Tensor
 from dssp_kernels import get_backend, set_backend
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.separable_conv.op import separable_conv2d
-from tests.kernels.convolutions import LAYOUTS, SLACK, assert_as_exact, normal, run
+from tests.kernels.convolutions import assert_as_exact, normal, run
 from tests.kernels.guards import guarded_allocations, in_margins
+from tests.kernels.tensors import LAYOUTS, SLACK
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, where NaN is due
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET is not 1: tests/gpu has the claims for compiled kernels", allow_module_level=True)
 
-from dssp_kernels.depthwise_conv import triton_kernels  # noqa: E402  # imports triton, which may be absent
+from dssp_kernels.depthwise_conv import triton_launchers  # noqa: E402  # imports triton, which may be absent
 
 channels_last = LAYOUTS["channels_last"]
 
@@ -31,7 +32,7 @@ channels_last = LAYOUTS["channels_last"]
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The interpreter's time goes with the number of programs."""
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(triton_launchers, "PROGRAMS", 1)
     before = get_backend()
     set_backend("triton")
     yield
@@ -104,9 +105,9 @@ def test_odd_geometries(size: tuple[int, int], kernel: tuple[int, int], geometry
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_images_of_many_blocks_and_shares(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "THREADS", 4)  # 16 lanes of 2 channels or of one
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", 4)
-    monkeypatch.setattr(triton_kernels, "FINISH_ROWS", 2)
+    monkeypatch.setattr(triton_launchers, "THREADS", 4)  # 16 lanes of 2 channels or of one
+    monkeypatch.setattr(triton_launchers, "PROGRAMS", 4)
+    monkeypatch.setattr(triton_launchers, "FINISH_ROWS", 2)
     x, weight = LAYOUTS[layout](normal(3, 2, 4, 7)), normal(2, 1, 2, 2)
     assert_as_exact_as_eager(x, weight, padding=1, relu=True)
 
@@ -137,12 +138,12 @@ def test_nothing_beside_the_arguments_is_read(layout: str, stride: int) -> None:
     """NaN lies around x, weight and the gradient."""
     x, weight = LAYOUTS[layout](normal(2, 2, 4, 5)), normal(2, 1, 3, 3)
     geometry = ((stride, stride), (1, 1), (1, 1), True)
-    y = triton_kernels.depthwise_conv2d_forward(x, weight, *geometry)
+    y = triton_launchers.depthwise_conv2d_forward(x, weight, *geometry)
     grad = LAYOUTS[layout](normal(*y.shape, seed=1))
-    found = triton_kernels.depthwise_conv2d_backward(grad, x, weight, *geometry, True, True)
+    found = triton_launchers.depthwise_conv2d_backward(grad, x, weight, *geometry, True, True)
     x, weight, grad = (in_margins(tensor, torch.nan)[0] for tensor in (x, weight, grad))
-    assert torch.equal(triton_kernels.depthwise_conv2d_forward(x, weight, *geometry), y)
-    surrounded = triton_kernels.depthwise_conv2d_backward(grad, x, weight, *geometry, True, True)
+    assert torch.equal(triton_launchers.depthwise_conv2d_forward(x, weight, *geometry), y)
+    surrounded = triton_launchers.depthwise_conv2d_backward(grad, x, weight, *geometry, True, True)
     assert all(map(torch.equal, surrounded, found)) and all(tensor.isfinite().all() for tensor in found)
 
 

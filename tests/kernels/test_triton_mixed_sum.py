@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET is not 1: tests/gpu has the claims for compiled kernels", allow_module_level=True)
 
-from dssp_kernels.mixed_sum import triton_kernels  # noqa: E402  # imports triton, which may be absent
+from dssp_kernels.mixed_sum import triton_launchers  # noqa: E402  # imports triton, which may be absent
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # The interpreter truncates float32 to bfloat16 where the hardware rounds: one unit in the last place.
@@ -40,9 +40,9 @@ def launch(
     if needs_output_grad is None:
         needs_output_grad = [output is not None for output in outputs]
     softmax = m.relaxation == "softmax"
-    y = triton_kernels.mixed_sum_forward(outputs, m.alpha, m.mask, m.active, softmax)
+    y = triton_launchers.mixed_sum_forward(outputs, m.alpha, m.mask, m.active, softmax)
     saved = outputs if needs_parameter_grad else [None] * len(outputs)
-    return y, *triton_kernels.mixed_sum_backward(
+    return y, *triton_launchers.mixed_sum_backward(
         grad, saved, m.alpha, m.mask, m.active, softmax, needs_output_grad, needs_parameter_grad
     )
 
@@ -188,8 +188,8 @@ def test_empty_tensors(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("size", [2048, 8001])
 def test_programs_loop_over_what_is_too_large_for_one_step(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", 3)
-    monkeypatch.setattr(triton_kernels, "FINISH_ELEMENTS", 16)  # two rows of partial sums at a time
+    monkeypatch.setattr(triton_launchers, "PROGRAMS", 3)
+    monkeypatch.setattr(triton_launchers, "FINISH_ELEMENTS", 16)  # two rows of partial sums at a time
     assert_as_exact_as_eager(mixture((size,), edges=2, candidates=5, inactive=[]))
 
 
