@@ -27,6 +27,8 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "scored_paths": (128, 256),
         "held_out": (256, 1024),
         "tie_break": ("loss", "loss"),
+        "temperature": (10.0, 10.0),
+        "temperature_min": (0.1, 0.1),
         "retrain_epochs": (40, 0),
         "retrain_batch_size": (64, 96),
         "retrain_channels": (16, 36),
@@ -182,10 +184,12 @@ class SearchConfig(_Config):
 
     space: Literal["darts", "nasbench201"] = option("darts", "search space", "model")
     nodes: int = option(None, "nodes per cell beside its inputs", "model", low=1)
-    method: Literal["dssp", "dssp-paper", "darts"] = option(
+    method: Literal["dssp", "dssp-paper", "darts", "snas", "gdas", "random"] = option(
         "dssp",
         "dssp: a mask per edge, edges and candidates leave by measured effect, then hard paths train; dssp-paper: "
-        "masks under a penalty, edges leave, nothing else; darts: first order, 'none' among the candidates",
+        "masks under a penalty, edges leave, nothing else; darts: first order, 'none' among the candidates; "
+        "snas: candidates sampled softly, single level; gdas: one candidate sampled per edge, and no other runs; "
+        "random: hard paths train, drawn at random, and random ones are compared at the end",
         "search",
     )
     train_images: int | None = option(
@@ -203,6 +207,10 @@ class SearchConfig(_Config):
     grad_clip: float = option(5.0, "largest gradient norm of the weights; 0 = no clipping", "search", low=0)
     alpha_lr: float = option(None, "learning rate of the architecture parameters (Adam)", "search", low=0)
     alpha_weight_decay: float = option(1e-3, "weight decay of the architecture parameters", "search", low=0)
+    temperature: float = option(
+        None, "of the Gumbel softmax in the first epoch (methods snas, preset 1, and gdas)", "search", low=1e-3
+    )
+    temperature_min: float = option(None, "in the last epoch; it falls linearly", "search", low=1e-3)
     warmup_epochs: int = option(
         None, "first epochs that train weights only; the preset scales with --epochs", "search", low=0
     )
@@ -231,7 +239,7 @@ class SearchConfig(_Config):
         low=0,
     )
     scored_paths: int = option(
-        None, "paths compared at the end: all, if there are not more (method dssp)", "search", low=1
+        None, "paths compared at the end: all, if there are not more (methods dssp and random)", "search", low=1
     )
     held_out: int = option(None, "validation images on which removals are measured and paths compared", "search", low=2)
     tie_break: Literal["loss", "capacity"] = option(
@@ -272,6 +280,10 @@ class SearchConfig(_Config):
         if self.method not in PRUNING_METHODS:
             presets["prune_strategy"] = "none"
             presets["warmup_epochs"] = 0
+        if self.method == "snas":
+            presets["temperature"] = 1.0
+        if self.method == "random":
+            presets["tie_break"] = "loss"  # a baseline takes no prior from the space
         if self.method != "dssp":
             presets["path_epochs"] = 0
         epochs = presets["epochs"] if self.epochs is None else self.epochs
