@@ -20,7 +20,6 @@ from dssp.methods import METHODS
 from dssp.methods.base import Noise
 from dssp.optimization import set_learning_rate, sgd, weight_step
 from dssp.pruning import GateTable
-from dssp.relaxation import softmax_over
 from dssp.skipped_steps import GuardedStep
 from dssp.supernet import Supernet
 
@@ -206,13 +205,11 @@ class BilevelSearch:
         }
 
     def _architecture(self) -> dict[str, Any]:
-        """Gates, normalised gates (None where an edge is gone) and softmax weights, by cell type."""
+        """Gates, normalised gates (None where an edge is gone) and the candidates' weights, by cell type."""
         supernet = self.supernet
-        weights = {
-            type: softmax_over(supernet.alpha[type].detach(), supernet.offered(type)) for type in supernet.cell_types
-        }
+        weights = {type: self.method.candidate_weights(type).tolist() for type in supernet.cell_types}
         row: dict[str, Any] = {
-            "alpha": {type: value.tolist() for type, value in weights.items()},
+            "alpha": weights,
             "gates": None,
             "normalised_gates": None,
         }

@@ -74,6 +74,12 @@ GROUPS = {
 }
 
 PRUNING_METHODS = ("dssp", "dssp-paper")  # those with a mask per edge
+BILEVEL_METHODS = ("darts", "fair-darts")  # those that do nothing but DARTS' bilevel steps on a mixture without noise
+# Options that not every method can have -> the methods that can.
+OPTION_METHODS = {
+    "beta_decay": ("dssp", "dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
+    "max_skips": ("dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
+}
 EXIT_STATUS = (
     "Exit status: 0 finished; 1 a failure that one line on stderr explains; 2 a wrong command line; 75 stopped by "
     "SIGTERM, SIGINT or SIGUSR1 with everything saved: the same command with --resume continues. A second signal ends "
@@ -184,10 +190,11 @@ class SearchConfig(_Config):
 
     space: Literal["darts", "nasbench201"] = option("darts", "search space", "model")
     nodes: int = option(None, "nodes per cell beside its inputs", "model", low=1)
-    method: Literal["dssp", "dssp-paper", "darts", "snas", "gdas", "random"] = option(
+    method: Literal["dssp", "dssp-paper", "darts", "fair-darts", "snas", "gdas", "random"] = option(
         "dssp",
         "dssp: a mask per edge, edges and candidates leave by measured effect, then hard paths train; dssp-paper: "
         "masks under a penalty, edges leave, nothing else; darts: first order, 'none' among the candidates; "
+        "fair-darts: a sigmoid per candidate instead of the softmax; "
         "snas: candidates sampled softly, single level; gdas: one candidate sampled per edge, and no other runs; "
         "random: hard paths train, drawn at random, and random ones are compared at the end",
         "search",
@@ -207,6 +214,24 @@ class SearchConfig(_Config):
     grad_clip: float = option(5.0, "largest gradient norm of the weights; 0 = no clipping", "search", low=0)
     alpha_lr: float = option(None, "learning rate of the architecture parameters (Adam)", "search", low=0)
     alpha_weight_decay: float = option(1e-3, "weight decay of the architecture parameters", "search", low=0)
+    beta_decay: float = option(
+        0.0,
+        "largest weight of Beta-DARTS' loss on alpha, which grows linearly over the epochs (its authors: 50 on "
+        "NAS-Bench-201); not for method random",
+        "search",
+        low=0,
+    )
+    max_skips: int | None = option(
+        None,
+        "skip connections that the derived normal cell may have (P-DARTS: 2; default: any number); not for methods "
+        "that derive a hard path",
+        "search",
+        low=0,
+    )
+    zero_one_weight: float = option(10.0, "weight of the zero-one loss (method fair-darts)", "search", low=0)
+    sigmoid_threshold: float = option(
+        0.85, "sigmoid that a candidate must reach to be derived (method fair-darts)", "search", low=0, high=1
+    )
     temperature: float = option(
         None, "of the Gumbel softmax in the first epoch (methods snas, preset 1, and gdas)", "search", low=1e-3
     )
@@ -267,6 +292,10 @@ class SearchConfig(_Config):
             raise ConfigError("nodes", f"space nasbench201 has 3 beside its input, got {self.nodes}")
         if self.method not in PRUNING_METHODS and self.prune_strategy not in (None, "none"):
             raise ConfigError("prune_strategy", f"method {self.method} prunes nothing, got {self.prune_strategy}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, methods in OPTION_METHODS.items():
+            if getattr(self, name) != defaults[name] and self.method not in methods:
+                raise ConfigError(name, f"expected method {', '.join(methods)}, got {self.method}")
         if None not in (self.epochs, self.warmup_epochs, self.path_epochs):
             left = self.epochs - self.warmup_epochs
             if self.path_epochs > left:

@@ -6,6 +6,7 @@ from dssp.methods.base import Method
 from dssp.methods.darts import Darts
 from dssp.methods.dssp import Dssp
 from dssp.methods.dssp_paper import DsspPaper
+from dssp.methods.fair_darts import FairDarts
 from dssp.methods.gdas import Gdas
 from dssp.methods.random_search import RandomSearch
 from dssp.methods.snas import Snas
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "dssp": Dssp,
     "dssp-paper": DsspPaper,
     "darts": Darts,
+    "fair-darts": FairDarts,
     "snas": Snas,
     "gdas": Gdas,
     "random": RandomSearch,

@@ -12,7 +12,7 @@ from dssp.derivation import derive
 from dssp.genotype import AnyGenotype
 from dssp.held_out import Losses
 from dssp.optimization import cosine
-from dssp.relaxation import Mixture
+from dssp.relaxation import Mixture, softmax_over
 from dssp.supernet import Supernet
 
 Phase = Literal["warm-up", "search", "paths"]
@@ -42,6 +42,7 @@ class Method:
     def __init__(self, config: SearchConfig, supernet: Supernet, losses: Losses) -> None:
         """`losses` gives the held-out losses of the supernet as this method mixes it."""
         self.config, self.supernet, self.losses = config, supernet, losses
+        self.epoch = 0
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -57,9 +58,19 @@ class Method:
         """The mixture without noise: what held-out images are judged by."""
         return self.supernet.mixture(cell_type)
 
+    def candidate_weights(self, cell_type: str) -> Tensor:
+        """What alpha gives to each candidate, without gates and noise; recorded every epoch: [edges, candidates]."""
+        return softmax_over(self.supernet.alpha[cell_type], self.supernet.offered(cell_type))
+
+    def derivation_weights(self, cell_type: str) -> Tensor:
+        """What the derivation ranks candidates and edges by (times the gates): [edges, candidates], < 0: never."""
+        return self.candidate_weights(cell_type)
+
     def penalty(self) -> Tensor:
-        """What is added to the loss of alpha and masks: a scalar."""
-        return self.supernet.classifier.weight.new_zeros(())
+        """What is added to the loss of alpha and masks, a scalar; here the beta decay, if there is one."""
+        if self.config.beta_decay == 0:
+            return self.supernet.classifier.weight.new_zeros(())
+        return self.config.beta_decay * self.epoch / self.config.epochs * beta_loss(self.supernet)
 
     # ---- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -73,7 +84,8 @@ class Method:
         return cosine(epoch, config.epochs, start=config.weight_lr, end=config.weight_lr_min)
 
     def start_epoch(self, epoch: int) -> None:
-        """Before the first step of an epoch."""
+        """Before the first step of an epoch, and before the first one after a restart."""
+        self.epoch = epoch
 
     def end_epoch(self, epoch: int, step: int) -> dict[str, Any]:
         """What leaves after an epoch, `step` steps into the search; entries for the epoch's row of metrics."""
@@ -83,7 +95,9 @@ class Method:
 
     def derived(self) -> AnyGenotype:
         """What the search would end in if it ended now."""
-        return derive(self.supernet, max_edges_per_node=self.config.max_edges_per_node)
+        weights = {type: self.derivation_weights(type) for type in self.supernet.cell_types}
+        config = self.config
+        return derive(self.supernet, weights, max_edges_per_node=config.max_edges_per_node, max_skips=config.max_skips)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -96,3 +110,16 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict(); comes before the supernet's weights are loaded, and removes what had left."""
+
+
+def beta_loss(supernet: Supernet) -> Tensor:
+    """L_beta = mean over the live edges of logsumexp(alpha_e) (Beta-DARTS, Ye et al. 2022, arXiv:2203.01665).
+
+    Its gradient by alpha is softmax(alpha) / edges: it keeps all weights near each other, and more so the large ones.
+    """
+    terms, live = [], []
+    for cell_type in supernet.cell_types:
+        alpha = supernet.alpha[cell_type].masked_fill(~supernet.offered(cell_type), -torch.inf)
+        terms.append(torch.where(supernet.active(cell_type), alpha.logsumexp(-1), 0.0).sum())
+        live.append(supernet.active(cell_type).sum())
+    return torch.stack(terms).sum() / torch.stack(live).sum()

@@ -14,10 +14,10 @@ from dssp.relaxation import Mixture
 class Gdas(GumbelMethod):
     """On every edge the candidate with the largest alpha + g runs, and no other; alpha learns straight through it.
 
-    With h = softmax((alpha + g) / tau) (eq. 4), the weights are one_hot(argmax h) on the way forward and h on the way
-    back (eq. 5 to 7). The loss has a derivative by the weight of the candidate that ran only: the others' outputs,
-    which it would take, do not exist. As in the authors' code, theirs count as zero; what reaches their alpha comes
-    through the normalisation of h. tau falls from 10 to 0.1, as there.
+    With h = softmax((alpha + g) / tau), the weights are one_hot(argmax h) on the way forward and h on the way back
+    (section 3.2, eq. 3 and 4). The loss has a derivative by the weight of the candidate that ran only: the others'
+    outputs, which it would take, do not exist. As in the authors' code, theirs count as zero; what reaches their alpha
+    comes through the normalisation of h. tau falls from 10 to 0.1, as there.
     """
 
     on_host: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from dssp.methods.gumbel import GumbelMethod
 
 
 class Snas(GumbelMethod):
-    """Z_e = softmax((alpha_e + g_e) / tau), drawn anew for every step (section 2.2, eq. 5).
+    """Z_e = softmax((alpha_e + g_e) / tau), drawn anew for every step: the concrete relaxation (section 2.2).
 
     alpha and the weights learn from the same batch of the training half and the same loss (single level, section 2.1).
     The log of the paper's probabilities is alpha up to a constant per edge, which the softmax does not see. The paper
