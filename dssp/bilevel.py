@@ -56,6 +56,10 @@ class BilevelSearch:
         self.config, self.supernet, self.data, self.benchmark = config, supernet, data, benchmark
         self.epochs = config.epochs
         self.method = METHODS[config.method](config, supernet, self._held_out_losses)
+        self.weights = supernet.weights()
+        self.optimizer = sgd(
+            self.weights, lr=config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
         self.architect = Architect(
             supernet,
             self.method,
@@ -63,10 +67,7 @@ class BilevelSearch:
             alpha_weight_decay=config.alpha_weight_decay,
             mask_lr=config.mask_lr,
             precision=config.precision,
-        )
-        self.weights = supernet.weights()
-        self.optimizer = sgd(
-            self.weights, lr=config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
+            weight_optimizer=self.optimizer if config.unrolled else None,
         )
         self._uncaptured = GuardedStep(self._step, supernet)
         self.captured = CapturedStep(GuardedStep(self._captured_step, supernet), enabled=not config.no_cuda_graphs)
@@ -162,8 +163,8 @@ class BilevelSearch:
         """Each half freezes the other's parameters, so nothing is computed that nobody uses."""
         config, values = self.config, {}
         if valid is not None:
-            with frozen(self.weights):
-                values = self.architect.step(*valid, noise)
+            with frozen([] if config.unrolled else self.weights):
+                values = self.architect.step(*valid, noise, train)
         architecture = [] if learns_both else self.supernet.architecture_parameters()
         with frozen(architecture):
             if learns_both:

@@ -77,6 +77,7 @@ PRUNING_METHODS = ("dssp", "dssp-paper")  # those with a mask per edge
 BILEVEL_METHODS = ("darts", "fair-darts")  # those that do nothing but DARTS' bilevel steps on a mixture without noise
 # Options that not every method can have -> the methods that can.
 OPTION_METHODS = {
+    "unrolled": ("dssp", "dssp-paper", *BILEVEL_METHODS),
     "beta_decay": ("dssp", "dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
     "max_skips": ("dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
 }
@@ -214,6 +215,12 @@ class SearchConfig(_Config):
     grad_clip: float = option(5.0, "largest gradient norm of the weights; 0 = no clipping", "search", low=0)
     alpha_lr: float = option(None, "learning rate of the architecture parameters (Adam)", "search", low=0)
     alpha_weight_decay: float = option(1e-3, "weight decay of the architecture parameters", "search", low=0)
+    unrolled: bool = option(
+        False,
+        "second order: alpha's gradient through the next step of the weights (DARTS' flag), 3 to 4 times as long; not "
+        "for methods that sample",
+        "search",
+    )
     beta_decay: float = option(
         0.0,
         "largest weight of Beta-DARTS' loss on alpha, which grows linearly over the epochs (its authors: 50 on "
