@@ -37,7 +37,11 @@ class Architect:
         self.supernet, self.method, self.precision = supernet, method, precision
         self.weight_optimizer = weight_optimizer
         groups: list[dict[str, Any]] = [
-            {"params": list(supernet.alpha.values()), "lr": alpha_lr, "weight_decay": alpha_weight_decay}
+            {
+                "params": [*supernet.alpha.values(), *supernet.beta.values()],
+                "lr": alpha_lr,
+                "weight_decay": alpha_weight_decay,
+            }
         ]
         if supernet.mask:
             groups.append({"params": list(supernet.mask.values()), "lr": mask_lr, "weight_decay": 0.0})

@@ -74,7 +74,11 @@ GROUPS = {
 }
 
 PRUNING_METHODS = ("dssp", "dssp-paper")  # those with a mask per edge
-BILEVEL_METHODS = ("darts", "fair-darts")  # those that do nothing but DARTS' bilevel steps on a mixture without noise
+BILEVEL_METHODS = (
+    "darts",
+    "pc-darts",
+    "fair-darts",
+)  # those that do nothing but DARTS' bilevel steps on a mixture without noise
 # Options that not every method can have -> the methods that can.
 OPTION_METHODS = {
     "unrolled": ("dssp", "dssp-paper", *BILEVEL_METHODS),
@@ -191,11 +195,11 @@ class SearchConfig(_Config):
 
     space: Literal["darts", "nasbench201"] = option("darts", "search space", "model")
     nodes: int = option(None, "nodes per cell beside its inputs", "model", low=1)
-    method: Literal["dssp", "dssp-paper", "darts", "fair-darts", "snas", "gdas", "random"] = option(
+    method: Literal["dssp", "dssp-paper", "darts", "pc-darts", "fair-darts", "snas", "gdas", "random"] = option(
         "dssp",
         "dssp: a mask per edge, edges and candidates leave by measured effect, then hard paths train; dssp-paper: "
         "masks under a penalty, edges leave, nothing else; darts: first order, 'none' among the candidates; "
-        "fair-darts: a sigmoid per candidate instead of the softmax; "
+        "pc-darts: a quarter of the channels mixes, edges are weighed; fair-darts: a sigmoid per candidate, no softmax; "
         "snas: candidates sampled softly, single level; gdas: one candidate sampled per edge, and no other runs; "
         "random: hard paths train, drawn at random, and random ones are compared at the end",
         "search",
@@ -295,6 +299,8 @@ class SearchConfig(_Config):
             raise ConfigError(
                 "cells", f"expected at least 3, or there is no normal cell beside the two reductions, got {self.cells}"
             )
+        if self.method == "pc-darts" and self.channels is not None and self.channels % 4:
+            raise ConfigError("channels", f"method pc-darts mixes a quarter of them, got {self.channels}")
         if self.space == "nasbench201" and self.nodes not in (None, 3):
             raise ConfigError("nodes", f"space nasbench201 has 3 beside its input, got {self.nodes}")
         if self.method not in PRUNING_METHODS and self.prune_strategy not in (None, "none"):
@@ -315,6 +321,7 @@ class SearchConfig(_Config):
         presets = super()._presets()
         if self.method not in PRUNING_METHODS:
             presets["prune_strategy"] = "none"
+        if self.method not in (*PRUNING_METHODS, "pc-darts"):
             presets["warmup_epochs"] = 0
         if self.method == "snas":
             presets["temperature"] = 1.0

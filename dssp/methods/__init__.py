@@ -8,6 +8,7 @@ from dssp.methods.dssp import Dssp
 from dssp.methods.dssp_paper import DsspPaper
 from dssp.methods.fair_darts import FairDarts
 from dssp.methods.gdas import Gdas
+from dssp.methods.pc_darts import PcDarts
 from dssp.methods.random_search import RandomSearch
 from dssp.methods.snas import Snas
 
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "dssp": Dssp,
     "dssp-paper": DsspPaper,
     "darts": Darts,
+    "pc-darts": PcDarts,
     "fair-darts": FairDarts,
     "snas": Snas,
     "gdas": Gdas,

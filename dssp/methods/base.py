@@ -13,7 +13,7 @@ from dssp.genotype import AnyGenotype
 from dssp.held_out import Losses
 from dssp.optimization import cosine
 from dssp.relaxation import Mixture, softmax_over
-from dssp.supernet import Supernet
+from dssp.supernet import SearchEdges, Supernet
 
 Phase = Literal["warm-up", "search", "paths"]
 """warm-up: weights only. search: architecture and weights. paths: weights only, one hard path per step."""
@@ -30,12 +30,16 @@ class Method:
 
     gated        the supernet has a mask per edge.
     offers_none  `none` is one of the candidates.
+    weighs_edges the supernet has a beta per edge.
+    edges        what the supernet's edges are.
     joint        alpha and weights learn together from the training batch, without a validation batch.
     on_host      a step decides on the host what runs, so it cannot be recorded in a CUDA graph.
     """
 
     gated: ClassVar[bool] = False
     offers_none: ClassVar[bool] = True
+    weighs_edges: ClassVar[bool] = False
+    edges: ClassVar[type[SearchEdges]] = SearchEdges
     joint: ClassVar[bool] = False
     on_host: ClassVar[bool] = False
 

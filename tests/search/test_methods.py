@@ -47,7 +47,8 @@ def test_the_planted_operation_is_found(method: str, monkeypatch: pytest.MonkeyP
 
 @EVERY_METHOD
 def test_search_cut_within_an_epoch_continues_to_the_same_bits(method: str) -> None:
-    settings: dict[str, Any] = {"method": method, "nodes": 1, "epochs": 3, "cells": 3, "scored_paths": 4, "held_out": 8}
+    settings: dict[str, Any] = {"method": method, "channels": 4, "nodes": 1, "epochs": 3, "held_out": 8}
+    settings["scored_paths"] = 4
     whole = small_search(**settings)
     rows = run(whole, 0, 3)
     first = small_search(**settings)

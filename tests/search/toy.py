@@ -80,5 +80,7 @@ def toy_search(method: str, **settings: Any) -> BilevelSearch:
     shares = {"warmup_epochs": 2, "prune_strategy": "none", "max_edges_per_node": 1}
     config = SearchConfig(dataset="fake", image_size=4, method=method, **{**rates, **shares, **settings}).resolve()  # type: ignore[arg-type]
     torch.manual_seed(0)
-    supernet = Supernet(SPACE, channels=CHANNELS, cells=1, classes=2, image_channels=1, gated=METHODS[method].gated)
+    made = METHODS[method]
+    parts: dict[str, Any] = {"gated": made.gated, "weighs_edges": made.weighs_edges, "edges": made.edges}
+    supernet = Supernet(SPACE, channels=CHANNELS, cells=1, classes=2, image_channels=1, **parts)
     return BilevelSearch(config, supernet, toy_data())
