@@ -199,7 +199,7 @@ class SearchConfig(_Config):
         "dssp",
         "dssp: a mask per edge, edges and candidates leave by measured effect, then hard paths train; dssp-paper: "
         "masks under a penalty, edges leave, nothing else; darts: first order, 'none' among the candidates; "
-        "pc-darts: a quarter of the channels mixes, edges are weighed; fair-darts: a sigmoid per candidate, no softmax; "
+        "pc-darts: a quarter of the channels mixes, edges are weighed; fair-darts: sigmoids, no softmax; "
         "snas: candidates sampled softly, single level; gdas: one candidate sampled per edge, and no other runs; "
         "random: hard paths train, drawn at random, and random ones are compared at the end",
         "search",
