@@ -1,4 +1,4 @@
-"""The architecture step: alpha and masks learn on validation images (DARTS, first order) under the method's penalty."""
+"""The architecture step: alpha and masks learn on validation images under the method's penalty."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dssp.held_out import batch_statistics
+from dssp.hypergradient import unrolled_gradients
 from dssp.methods.base import Method, Noise
 from dssp.optimization import logits_of
 from dssp.skipped_steps import reported, step_if_finite
@@ -17,7 +19,8 @@ from dssp.supernet import Supernet
 class Architect:
     """Minimises L_valid(alpha, m) + method.penalty() by Adam, the weights held fixed.
 
-    First-order hypergradient of DARTS (Liu et al. 2019, section 2.3, xi = 0); betas (0.5, 0.999) as there.
+    First-order hypergradient of DARTS (Liu et al. 2019, section 2.3, xi = 0); betas (0.5, 0.999) as there. With the
+    `weight_optimizer`, second-order: L_valid is that of the weights after their next step (see dssp.hypergradient).
     """
 
     def __init__(
@@ -29,26 +32,67 @@ class Architect:
         alpha_weight_decay: float,
         mask_lr: float,
         precision: str,
+        weight_optimizer: torch.optim.SGD | None = None,
     ) -> None:
         self.supernet, self.method, self.precision = supernet, method, precision
+        self.weight_optimizer = weight_optimizer
         groups: list[dict[str, Any]] = [
-            {"params": list(supernet.alpha.values()), "lr": alpha_lr, "weight_decay": alpha_weight_decay}
+            {
+                "params": [*supernet.alpha.values(), *supernet.beta.values()],
+                "lr": alpha_lr,
+                "weight_decay": alpha_weight_decay,
+            }
         ]
         if supernet.mask:
             groups.append({"params": list(supernet.mask.values()), "lr": mask_lr, "weight_decay": 0.0})
         capturable = supernet.classifier.weight.is_cuda  # its step count on the device, where a CUDA graph can count
         self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), foreach=True, capturable=capturable)
 
-    def step(self, images: Tensor, labels: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """One update of alpha and masks; detached scalars valid_loss, valid_accuracy, prune_loss (NaN: skipped)."""
-        logits = logits_of(lambda images: self.supernet(images, self.method.mixtures(noise)), images, self.precision)
-        loss, prune_loss = F.cross_entropy(logits, labels), self.supernet.gate_sum()
-        objective = loss + self.method.penalty()
+    def step(
+        self, images: Tensor, labels: Tensor, noise: Noise, train: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """One update of alpha and masks; detached scalars valid_loss, valid_accuracy, prune_loss (NaN: skipped).
+
+        `train` is the batch of the weights' next step: what the second order looks through, the first ignores. There,
+        the figures are those after that step, and BatchNorm's running statistics stay as they are.
+        """
         self.optimizer.zero_grad()
-        objective.backward()
-        taken = self.update(objective)
+        if self.weight_optimizer is None or train is None:
+            objective, values = self._objective(images, labels, noise)
+            objective.backward()
+        else:
+            objective, values = self._backward_unrolled((images, labels), train, noise, self.weight_optimizer)
+        return reported(self.update(objective), values)
+
+    def _objective(self, images: Tensor, labels: Tensor, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_valid + penalty, and what is reported of it."""
+        logits = self._logits(images, noise)
+        loss = F.cross_entropy(logits, labels)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        return reported(taken, {"valid_loss": loss, "valid_accuracy": accuracy, "prune_loss": prune_loss})
+        values = {"valid_loss": loss, "valid_accuracy": accuracy, "prune_loss": self.supernet.gate_sum()}
+        return loss + self.method.penalty(), values
+
+    def _backward_unrolled(
+        self, valid: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor], noise: Noise, optimizer: torch.optim.SGD
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        found: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+        def objective() -> Tensor:
+            found.append(self._objective(*valid, noise))
+            return found[0][0]
+
+        def train_loss() -> Tensor:
+            return F.cross_entropy(self._logits(train[0], noise), train[1])
+
+        architecture = self.supernet.architecture_parameters()
+        with batch_statistics(self.supernet):
+            gradients = unrolled_gradients(train_loss, objective, optimizer, architecture)
+        for parameter, gradient in zip(architecture, gradients, strict=True):
+            parameter.grad = gradient
+        return found[0]
+
+    def _logits(self, images: Tensor, noise: Noise) -> Tensor:
+        return logits_of(lambda images: self.supernet(images, self.method.mixtures(noise)), images, self.precision)
 
     def update(self, objective: Tensor) -> Tensor:
         """A step along the gradients, unless they or the objective are not finite; whether it was taken."""

@@ -20,7 +20,6 @@ from dssp.methods import METHODS
 from dssp.methods.base import Noise
 from dssp.optimization import set_learning_rate, sgd, weight_step
 from dssp.pruning import GateTable
-from dssp.relaxation import softmax_over
 from dssp.skipped_steps import GuardedStep
 from dssp.supernet import Supernet
 
@@ -57,6 +56,10 @@ class BilevelSearch:
         self.config, self.supernet, self.data, self.benchmark = config, supernet, data, benchmark
         self.epochs = config.epochs
         self.method = METHODS[config.method](config, supernet, self._held_out_losses)
+        self.weights = supernet.weights()
+        self.optimizer = sgd(
+            self.weights, lr=config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
         self.architect = Architect(
             supernet,
             self.method,
@@ -64,10 +67,7 @@ class BilevelSearch:
             alpha_weight_decay=config.alpha_weight_decay,
             mask_lr=config.mask_lr,
             precision=config.precision,
-        )
-        self.weights = supernet.weights()
-        self.optimizer = sgd(
-            self.weights, lr=config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
+            weight_optimizer=self.optimizer if config.unrolled else None,
         )
         self._uncaptured = GuardedStep(self._step, supernet)
         self.captured = CapturedStep(GuardedStep(self._captured_step, supernet), enabled=not config.no_cuda_graphs)
@@ -163,8 +163,8 @@ class BilevelSearch:
         """Each half freezes the other's parameters, so nothing is computed that nobody uses."""
         config, values = self.config, {}
         if valid is not None:
-            with frozen(self.weights):
-                values = self.architect.step(*valid, noise)
+            with frozen([] if config.unrolled else self.weights):
+                values = self.architect.step(*valid, noise, train)
         architecture = [] if learns_both else self.supernet.architecture_parameters()
         with frozen(architecture):
             if learns_both:
@@ -206,13 +206,11 @@ class BilevelSearch:
         }
 
     def _architecture(self) -> dict[str, Any]:
-        """Gates, normalised gates (None where an edge is gone) and softmax weights, by cell type."""
+        """Gates, normalised gates (None where an edge is gone) and the candidates' weights, by cell type."""
         supernet = self.supernet
-        weights = {
-            type: softmax_over(supernet.alpha[type].detach(), supernet.offered(type)) for type in supernet.cell_types
-        }
+        weights = {type: self.method.candidate_weights(type).tolist() for type in supernet.cell_types}
         row: dict[str, Any] = {
-            "alpha": {type: value.tolist() for type, value in weights.items()},
+            "alpha": weights,
             "gates": None,
             "normalised_gates": None,
         }

@@ -30,6 +30,8 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "scored_paths": (128, 256),
         "held_out": (256, 1024),
         "tie_break": ("loss", "loss"),
+        "temperature": (10.0, 10.0),
+        "temperature_min": (0.1, 0.1),
         "retrain_epochs": (40, 0),
         "retrain_batch_size": (64, 96),
         "retrain_channels": (16, 36),
@@ -76,6 +78,17 @@ GROUPS = {
 }
 
 PRUNING_METHODS = ("dssp", "dssp-paper")  # those with a mask per edge
+BILEVEL_METHODS = (
+    "darts",
+    "pc-darts",
+    "fair-darts",
+)  # those that do nothing but DARTS' bilevel steps on a mixture without noise
+# Options that not every method can have -> the methods that can.
+OPTION_METHODS = {
+    "unrolled": ("dssp", "dssp-paper", *BILEVEL_METHODS),
+    "beta_decay": ("dssp", "dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
+    "max_skips": ("dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
+}
 EXIT_STATUS = (
     "Exit status: 0 finished; 1 a failure that one line on stderr explains; 2 a wrong command line; 75 stopped by "
     "SIGTERM, SIGINT or SIGUSR1 with everything saved: the same command with --resume continues. A second signal ends "
@@ -196,10 +209,13 @@ class SearchConfig(_Config):
 
     space: Literal["darts", "nasbench201"] = option("darts", "search space", "model")
     nodes: int = option(None, "nodes per cell beside its inputs", "model", low=1)
-    method: Literal["dssp", "dssp-paper", "darts"] = option(
+    method: Literal["dssp", "dssp-paper", "darts", "pc-darts", "fair-darts", "snas", "gdas", "random"] = option(
         "dssp",
         "dssp: a mask per edge, edges and candidates leave by measured effect, then hard paths train; dssp-paper: "
-        "masks under a penalty, edges leave, nothing else; darts: first order, 'none' among the candidates",
+        "masks under a penalty, edges leave, nothing else; darts: first order, 'none' among the candidates; "
+        "pc-darts: a quarter of the channels mixes, edges are weighed; fair-darts: sigmoids, no softmax; "
+        "snas: candidates sampled softly, single level; gdas: one candidate sampled per edge, and no other runs; "
+        "random: hard paths train, drawn at random, and random ones are compared at the end",
         "search",
     )
     train_images: int | None = option(
@@ -217,6 +233,34 @@ class SearchConfig(_Config):
     grad_clip: float = option(5.0, "largest gradient norm of the weights; 0 = no clipping", "search", low=0)
     alpha_lr: float = option(None, "learning rate of the architecture parameters (Adam)", "search", low=0)
     alpha_weight_decay: float = option(1e-3, "weight decay of the architecture parameters", "search", low=0)
+    unrolled: bool = option(
+        False,
+        "second order: alpha's gradient through the next step of the weights (DARTS' flag), 3 to 4 times as long; not "
+        "for methods that sample",
+        "search",
+    )
+    beta_decay: float = option(
+        0.0,
+        "largest weight of Beta-DARTS' loss on alpha, which grows linearly over the epochs (its authors: 50 on "
+        "NAS-Bench-201); not for method random",
+        "search",
+        low=0,
+    )
+    max_skips: int | None = option(
+        None,
+        "skip connections that the derived normal cell may have (P-DARTS: 2; default: any number); not for methods "
+        "that derive a hard path",
+        "search",
+        low=0,
+    )
+    zero_one_weight: float = option(10.0, "weight of the zero-one loss (method fair-darts)", "search", low=0)
+    sigmoid_threshold: float = option(
+        0.85, "sigmoid that a candidate must reach to be derived (method fair-darts)", "search", low=0, high=1
+    )
+    temperature: float = option(
+        None, "of the Gumbel softmax in the first epoch (methods snas, preset 1, and gdas)", "search", low=1e-3
+    )
+    temperature_min: float = option(None, "in the last epoch; it falls linearly", "search", low=1e-3)
     warmup_epochs: int = option(
         None, "first epochs that train weights only; the preset scales with --epochs", "search", low=0
     )
@@ -245,7 +289,7 @@ class SearchConfig(_Config):
         low=0,
     )
     scored_paths: int = option(
-        None, "paths compared at the end: all, if there are not more (method dssp)", "search", low=1
+        None, "paths compared at the end: all, if there are not more (methods dssp and random)", "search", low=1
     )
     held_out: int = option(None, "validation images on which removals are measured and paths compared", "search", low=2)
     tie_break: Literal["loss", "capacity"] = option(
@@ -269,10 +313,16 @@ class SearchConfig(_Config):
             raise ConfigError(
                 "cells", f"expected at least 3, or there is no normal cell beside the two reductions, got {self.cells}"
             )
+        if self.method == "pc-darts" and self.channels is not None and self.channels % 4:
+            raise ConfigError("channels", f"method pc-darts mixes a quarter of them, got {self.channels}")
         if self.space == "nasbench201" and self.nodes not in (None, 3):
             raise ConfigError("nodes", f"space nasbench201 has 3 beside its input, got {self.nodes}")
         if self.method not in PRUNING_METHODS and self.prune_strategy not in (None, "none"):
             raise ConfigError("prune_strategy", f"method {self.method} prunes nothing, got {self.prune_strategy}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, methods in OPTION_METHODS.items():
+            if getattr(self, name) != defaults[name] and self.method not in methods:
+                raise ConfigError(name, f"expected method {', '.join(methods)}, got {self.method}")
         if None not in (self.epochs, self.warmup_epochs, self.path_epochs):
             left = self.epochs - self.warmup_epochs
             if self.path_epochs > left:
@@ -285,7 +335,12 @@ class SearchConfig(_Config):
         presets = super()._presets()
         if self.method not in PRUNING_METHODS:
             presets["prune_strategy"] = "none"
+        if self.method not in (*PRUNING_METHODS, "pc-darts"):
             presets["warmup_epochs"] = 0
+        if self.method == "snas":
+            presets["temperature"] = 1.0
+        if self.method == "random":
+            presets["tie_break"] = "loss"  # a baseline takes no prior from the space
         if self.method != "dssp":
             presets["path_epochs"] = 0
         epochs = presets["epochs"] if self.epochs is None else self.epochs

@@ -2,36 +2,80 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from dssp.genotype import AnyGenotype, Edge
+from dssp.relaxation import softmax_over
 from dssp.supernet import Supernet
 
+SKIP = "skip_connect"
 
-def derive(supernet: Supernet, *, max_edges_per_node: int) -> AnyGenotype:
+
+def derive(
+    supernet: Supernet,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    max_edges_per_node: int,
+    max_skips: int | None = None,
+) -> AnyGenotype:
     """The discrete architecture that alpha and the gates describe (DARTS, section 2.4, with a gate in the strength).
 
-    Of each live edge the operation with the largest softmax weight, other than `none` unless the space derives that; of
-    each node the edges with the largest strength sigmoid(m_e) * max_k softmax(alpha_e)_k, at most
-    ``max_edges_per_node`` (DARTS: 2, NAS-Bench-201: all).
+    Of each live edge the operation with the largest weight, other than `none` unless the space derives that; of each
+    node the edges with the largest strength sigmoid(m_e) * max_k weight_ek, at most ``max_edges_per_node`` (DARTS: 2,
+    NAS-Bench-201: all).
+
+    Args:
+        weights: per cell type [edges, candidates], by default softmax(alpha); what is negative is not derived.
+        max_skips: skip connections that the normal cell may have (P-DARTS, Chen et al. 2019, arXiv:1904.12760,
+            section 3.3): as long as it has more, the weakest of them gives way to what is next on its edge or node.
     """
     space = supernet.space
-    cells = {type: _derive_cell(supernet, type, max_edges_per_node) for type in space.cell_types}
+    cells = {}
+    for cell_type in space.cell_types:
+        limit = max_skips if cell_type == "normal" else None
+        strengths = _strengths(supernet, cell_type, weights)
+        cell = _derive_cell(supernet, strengths, max_edges_per_node)
+        while limit is not None and len(skips := _skips(supernet, cell)) > limit:
+            k = space.operations.index(SKIP)
+            strengths[min(skips, key=strengths[:, k].tolist().__getitem__), k] = -1.0
+            cell = _derive_cell(supernet, strengths, max_edges_per_node)
+        cells[cell_type] = cell
     return space.genotype.from_cells(cells, space.concat)
 
 
-def _derive_cell(supernet: Supernet, cell_type: str, max_edges: int) -> list[list[Edge]]:
+def _strengths(supernet: Supernet, cell_type: str, weights: Mapping[str, Tensor] | None) -> Tensor:
+    """What each candidate of each edge counts, [edges, candidates] on the CPU; negative: it cannot be derived."""
     space = supernet.space
-    weights = supernet.alpha[cell_type].detach().softmax(-1)
-    for k, operation in enumerate(space.operations):
-        if operation == "none" and not space.derives_none:
-            weights[:, k] = -1.0
-    best, choice = weights.max(-1)
-    strength = torch.where(supernet.active(cell_type), best * supernet.gates(cell_type).to(best.device), -1.0).tolist()
-    operations = [space.operations[k] for k in choice.tolist()]
+    if weights is None:
+        own = softmax_over(supernet.alpha[cell_type].detach(), supernet.offered(cell_type))
+    else:
+        own = weights[cell_type].detach()
+    strengths = own.cpu() * supernet.gates(cell_type).cpu().unsqueeze(1)
+    strengths[~supernet.active(cell_type).cpu()] = -1.0
+    strengths[~supernet.offered(cell_type).cpu()] = -1.0
+    if "none" in space.operations and not space.derives_none:
+        strengths[:, space.operations.index("none")] = -1.0
+    return strengths
+
+
+def _derive_cell(supernet: Supernet, strengths: Tensor, max_edges: int) -> list[list[Edge]]:
+    space = supernet.space
+    best, choice = strengths.max(-1)
+    strength, operations = best.tolist(), [space.operations[k] for k in choice.tolist()]
     nodes = []
     for node in space.node_states:
         live = [i for i in space.edges_into(node) if strength[i] >= 0 and operations[i] != "none"]
         kept = sorted(sorted(live, key=lambda i: -strength[i])[:max_edges])
         nodes.append([(operations[i], space.edges[i][0]) for i in kept])
     return nodes
+
+
+def _skips(supernet: Supernet, nodes: list[list[Edge]]) -> list[int]:
+    """The positions of the edges that are skip connections in a derived cell."""
+    kept = [
+        (source, node) for node, edges in zip(supernet.space.node_states, nodes, strict=True) for _, source in edges
+    ]
+    names = [name for edges in nodes for name, _ in edges]
+    return [supernet.space.edges.index(edge) for edge, name in zip(kept, names, strict=True) if name == SKIP]

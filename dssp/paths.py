@@ -16,12 +16,15 @@ from dssp.supernet import Supernet
 Path = tuple[int | None, ...]
 """Per edge, all cell types in their order: the position of the candidate that runs, or None for a closed edge."""
 
+Score = dict[Path, Tensor]
+"""Paths and the loss of each held-out image on them."""
+
 
 class PathSpace:
     """The hard paths that are left in a supernet: what a derived cell may still be.
 
     A node takes ``max_edges`` of its live incoming edges (all, where there are not more), and each of these one of its
-    candidates that are left.
+    candidates that are left; `none` only where the space derives it.
     """
 
     def __init__(self, supernet: Supernet, max_edges: int) -> None:
@@ -31,12 +34,13 @@ class PathSpace:
         self._nodes: list[list[tuple[int, list[int]]]] = []
         self._taken: list[int] = []
         space = supernet.space
+        derivable = [name != "none" or space.derives_none for name in space.operations]
         for i, cell_type in enumerate(supernet.cell_types):
             active, offered = supernet.active(cell_type).tolist(), supernet.offered(cell_type).tolist()
             for node in space.node_states:
                 self._nodes.append(
                     [
-                        (i * len(space.edges) + e, [k for k, flag in enumerate(offered[e]) if flag])
+                        (i * len(space.edges) + e, [k for k, flag in enumerate(offered[e]) if flag and derivable[k]])
                         for e in space.edges_into(node)
                         if active[e]
                     ]
@@ -129,7 +133,20 @@ class PathSpace:
         return tuple(chosen.get(e) for e in range(len(self.supernet.cell_types) * len(self.supernet.space.edges)))
 
 
-def score(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, seed: int) -> dict[Path, Tensor]:
+def score_random(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, seed: int) -> Score:
+    """The held-out losses of all paths or, where there are more than ``limit``, of that many drawn uniformly."""
+    if len(space) <= limit:
+        return {path: losses(path) for path in space}
+    generator = torch.Generator().manual_seed(seed)
+    found: Score = {}
+    while len(found) < limit:  # there are more paths than that, so it ends
+        path = space.draw(generator)
+        if path not in found:
+            found[path] = losses(path)
+    return found
+
+
+def score(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, seed: int) -> Score:
     """The held-out losses of all paths or, where there are more than ``limit``, of that many on a search among them.
 
     The search takes the path of the largest alpha and random ones for a quarter of ``limit``, then goes on from the
@@ -138,7 +155,7 @@ def score(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, see
     if len(space) <= limit:
         return {path: losses(path) for path in space}
     generator = torch.Generator().manual_seed(seed)
-    found: dict[Path, Tensor] = {}
+    found: Score = {}
     for path in [space.strongest(), *(space.draw(generator) for _ in range(limit // 4))]:
         found.setdefault(path, losses(path))
     while len(found) < limit:
@@ -153,7 +170,7 @@ def score(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, see
     return found
 
 
-def select(scores: dict[Path, Tensor], capacity: Callable[[Path], int] | None) -> Path:
+def select(scores: Score, capacity: Callable[[Path], int] | None) -> Path:
     """The path of the lowest mean loss; with ``capacity``, among those that tie with it, the one of the largest.
 
     Two paths tie if the mean of their paired differences is within two of its standard errors. That the larger one is

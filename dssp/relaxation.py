@@ -37,6 +37,16 @@ def softmax_over(alpha: Tensor, offered: Tensor) -> Tensor:
     return alpha.masked_fill(~offered, -torch.inf).softmax(-1)
 
 
+def softmax_per_node(logits: Tensor, live: Tensor, nodes: Tensor) -> Tensor:
+    """softmax over the live edges into the same node, 0 for edges that are gone: [E], bool [E], [E] -> [E].
+
+    ``nodes`` says which node each edge enters; every one must have a live edge.
+    """
+    peers = (nodes.unsqueeze(0) == nodes.unsqueeze(1)) & live
+    total = logits.masked_fill(~peers, -torch.inf).logsumexp(-1)
+    return torch.where(live, logits - total, -torch.inf).exp()
+
+
 def normalised_gates(mask: Tensor, live: Tensor, nodes: Tensor) -> Tensor:
     """g_e = sigmoid(m_e) / mean of sigmoid(m_e') over the live edges e' into the same node; 0 for edges that are gone.
 

@@ -40,13 +40,16 @@ def search_space(config: SearchConfig) -> CellSpace:
 def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) -> Supernet:
     """A freshly initialised supernet (from the seed) on the device."""
     torch.manual_seed(config.seed)
+    method = METHODS[config.method]
     supernet = Supernet(
         search_space(config),
         channels=config.channels,
         cells=config.cells,
         classes=len(data.classes),
         image_channels=data.image_shape[0],
-        gated=METHODS[config.method].gated,
+        gated=method.gated,
+        weighs_edges=method.weighs_edges,
+        edges=method.edges,
     )
     return supernet.to(device).to(memory_format=torch.channels_last)
 

@@ -58,9 +58,10 @@ class SearchEdges(Edges):
 class Supernet(CellNetwork):
     """The network that is searched: a space's macro skeleton, every edge with all its candidates.
 
-    Architecture parameters are shared by all cells of a type: ``alpha[type]`` [edges, candidates] and, unless
-    ``gated=False``, ``mask[type]`` [edges] (gate = sigmoid(mask), initialised to 1). Edges are named as
-    ``normal:0->2``: cell type, source state, node. In the DARTS space the weights' names are those of model_search.py.
+    Architecture parameters are shared by all cells of a type: ``alpha[type]`` [edges, candidates]; unless
+    ``gated=False``, ``mask[type]`` [edges] (gate = sigmoid(mask), initialised to 1); with ``weighs_edges``,
+    ``beta[type]`` [edges], for methods that mix by it. Edges are named as ``normal:0->2``: cell type, source state,
+    node; `edges` builds those of a cell. In the DARTS space the weights' names are those of model_search.py.
 
     forward(images [B, image_channels, H, W], mixtures=None) -> logits [B, classes]. `mixtures` says per cell type how
     the candidates are mixed; by default sigmoid(mask) * softmax(alpha), over the candidates that are left.
@@ -76,10 +77,12 @@ class Supernet(CellNetwork):
         classes: int,
         image_channels: int = 3,
         gated: bool = True,
+        weighs_edges: bool = False,
+        edges: type[SearchEdges] = SearchEdges,
     ) -> None:
         super().__init__(
             space,
-            lambda cell_type, channels, stride=1: SearchEdges(space, channels, stride),
+            lambda cell_type, channels, stride=1: edges(space, channels, stride),
             channels=channels,
             cells=cells,
             classes=classes,
@@ -87,14 +90,17 @@ class Supernet(CellNetwork):
             affine=False,
         )
         self.space = space
-        edges, candidates = len(space.edges), len(space.operations)
+        count, candidates = len(space.edges), len(space.operations)
         self.alpha = nn.ParameterDict(
-            {type: nn.Parameter(1e-3 * torch.randn(edges, candidates)) for type in self.cell_types}
+            {type: nn.Parameter(1e-3 * torch.randn(count, candidates)) for type in self.cell_types}
         )
-        self.mask = nn.ParameterDict({type: nn.Parameter(torch.ones(edges)) for type in self.cell_types if gated})
+        self.beta = nn.ParameterDict(
+            {type: nn.Parameter(1e-3 * torch.randn(count)) for type in self.cell_types if weighs_edges}
+        )
+        self.mask = nn.ParameterDict({type: nn.Parameter(torch.ones(count)) for type in self.cell_types if gated})
         for type in self.cell_types:  # on the device, so that the penalty needs no synchronisation
-            self.register_buffer(f"active_{type}", torch.ones(edges, dtype=torch.bool), persistent=False)
-            self.register_buffer(f"offered_{type}", torch.ones(edges, candidates, dtype=torch.bool), persistent=False)
+            self.register_buffer(f"active_{type}", torch.ones(count, dtype=torch.bool), persistent=False)
+            self.register_buffer(f"offered_{type}", torch.ones(count, candidates, dtype=torch.bool), persistent=False)
 
     def forward(self, images: Tensor, mixtures: Mapping[str, Mixture] | None = None) -> Tensor:
         if mixtures is None:
@@ -115,8 +121,8 @@ class Supernet(CellNetwork):
     # ---- parameters ------------------------------------------------------------------------------------------
 
     def architecture_parameters(self) -> list[nn.Parameter]:
-        """alpha and masks of all cell types."""
-        return [*self.alpha.values(), *self.mask.values()]
+        """alpha, beta and masks of all cell types."""
+        return [*self.alpha.values(), *self.beta.values(), *self.mask.values()]
 
     def weights(self) -> list[nn.Parameter]:
         """Everything that is trained but the architecture parameters; removed edges have none."""

@@ -12,8 +12,8 @@ from dssp.derivation import derive
 from dssp.genotype import AnyGenotype
 from dssp.held_out import Losses
 from dssp.optimization import cosine
-from dssp.relaxation import Mixture
-from dssp.supernet import Supernet
+from dssp.relaxation import Mixture, softmax_over
+from dssp.supernet import SearchEdges, Supernet
 
 Phase = Literal["warm-up", "search", "paths"]
 """warm-up: weights only. search: architecture and weights. paths: weights only, one hard path per step."""
@@ -30,18 +30,23 @@ class Method:
 
     gated        the supernet has a mask per edge.
     offers_none  `none` is one of the candidates.
+    weighs_edges the supernet has a beta per edge.
+    edges        what the supernet's edges are.
     joint        alpha and weights learn together from the training batch, without a validation batch.
     on_host      a step decides on the host what runs, so it cannot be recorded in a CUDA graph.
     """
 
     gated: ClassVar[bool] = False
     offers_none: ClassVar[bool] = True
+    weighs_edges: ClassVar[bool] = False
+    edges: ClassVar[type[SearchEdges]] = SearchEdges
     joint: ClassVar[bool] = False
     on_host: ClassVar[bool] = False
 
     def __init__(self, config: SearchConfig, supernet: Supernet, losses: Losses) -> None:
         """`losses` gives the held-out losses of the supernet as this method mixes it."""
         self.config, self.supernet, self.losses = config, supernet, losses
+        self.epoch = 0
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -57,9 +62,19 @@ class Method:
         """The mixture without noise: what held-out images are judged by."""
         return self.supernet.mixture(cell_type)
 
+    def candidate_weights(self, cell_type: str) -> Tensor:
+        """What alpha gives to each candidate, without gates and noise; recorded every epoch: [edges, candidates]."""
+        return softmax_over(self.supernet.alpha[cell_type], self.supernet.offered(cell_type))
+
+    def derivation_weights(self, cell_type: str) -> Tensor:
+        """What the derivation ranks candidates and edges by (times the gates): [edges, candidates], < 0: never."""
+        return self.candidate_weights(cell_type)
+
     def penalty(self) -> Tensor:
-        """What is added to the loss of alpha and masks: a scalar."""
-        return self.supernet.classifier.weight.new_zeros(())
+        """What is added to the loss of alpha and masks, a scalar; here the beta decay, if there is one."""
+        if self.config.beta_decay == 0:
+            return self.supernet.classifier.weight.new_zeros(())
+        return self.config.beta_decay * self.epoch / self.config.epochs * beta_loss(self.supernet)
 
     # ---- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -73,7 +88,8 @@ class Method:
         return cosine(epoch, config.epochs, start=config.weight_lr, end=config.weight_lr_min)
 
     def start_epoch(self, epoch: int) -> None:
-        """Before the first step of an epoch."""
+        """Before the first step of an epoch, and before the first one after a restart."""
+        self.epoch = epoch
 
     def end_epoch(self, epoch: int, step: int) -> dict[str, Any]:
         """What leaves after an epoch, `step` steps into the search; entries for the epoch's row of metrics."""
@@ -83,7 +99,9 @@ class Method:
 
     def derived(self) -> AnyGenotype:
         """What the search would end in if it ended now."""
-        return derive(self.supernet, max_edges_per_node=self.config.max_edges_per_node)
+        weights = {type: self.derivation_weights(type) for type in self.supernet.cell_types}
+        config = self.config
+        return derive(self.supernet, weights, max_edges_per_node=config.max_edges_per_node, max_skips=config.max_skips)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -96,3 +114,16 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict(); comes before the supernet's weights are loaded, and removes what had left."""
+
+
+def beta_loss(supernet: Supernet) -> Tensor:
+    """L_beta = mean over the live edges of logsumexp(alpha_e) (Beta-DARTS, Ye et al. 2022, arXiv:2203.01665).
+
+    Its gradient by alpha is softmax(alpha) / edges: it keeps all weights near each other, and more so the large ones.
+    """
+    terms, live = [], []
+    for cell_type in supernet.cell_types:
+        alpha = supernet.alpha[cell_type].masked_fill(~supernet.offered(cell_type), -torch.inf)
+        terms.append(torch.where(supernet.active(cell_type), alpha.logsumexp(-1), 0.0).sum())
+        live.append(supernet.active(cell_type).sum())
+    return torch.stack(terms).sum() / torch.stack(live).sum()

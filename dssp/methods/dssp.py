@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dssp.candidate_pruning import CandidatePruner, CandidateSchedule
 from dssp.config import SearchConfig
 from dssp.genotype import AnyGenotype
+from dssp.hard_paths import HardPaths
 from dssp.held_out import Losses
 from dssp.methods.base import Noise, Phase
 from dssp.methods.dssp_paper import DsspPaper
 from dssp.optimization import cosine
-from dssp.paths import Path, PathSpace, score, select
+from dssp.paths import score
 from dssp.relaxation import Mixture, normalised_gates, softmax_over
 from dssp.supernet import Supernet
 
@@ -38,30 +38,20 @@ class Dssp(DsspPaper):
         )
         nodes = torch.tensor([node for _, node in supernet.space.edges])
         self._nodes = nodes.to(supernet.classifier.weight.device)
-        self._paths: PathSpace | None = None
-        self._chosen: Path | None = None
-        self._forced: Path | None = None  # while a path is judged
+        self.paths = HardPaths(config, supernet, losses)
 
     @property
     def on_host(self) -> bool:  # type: ignore[override]  # paths are chosen on the host, mixtures are not
-        return self._paths is not None
+        return self.paths.are_open
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def noise(self, generator: torch.Generator, epoch: int) -> Noise:
         """In the last phase: the path of the next step."""
-        if self.phase(epoch) != "paths":
-            return {}
-        assert self._paths is not None
-        return {"path": torch.tensor([-1 if k is None else k for k in self._paths.draw(generator)])}
+        return self.paths.noise(generator) if self.phase(epoch) == "paths" else {}
 
     def mixtures(self, noise: Noise) -> dict[str, Mixture]:
-        if self._paths is None:
-            return super().mixtures(noise)
-        path = self._forced or self._paths.strongest()
-        if "path" in noise:
-            path = tuple(None if k < 0 else k for k in noise["path"].tolist())
-        return self._paths.mixtures(path)
+        return self.paths.mixtures(noise) if self.paths.are_open else super().mixtures(noise)
 
     def mixture(self, cell_type: str) -> Mixture:
         supernet = self.supernet
@@ -87,40 +77,27 @@ class Dssp(DsspPaper):
         return cosine(epoch - first, epochs, start=config.weight_lr, end=config.weight_lr_min)
 
     def start_epoch(self, epoch: int) -> None:
-        if self.phase(epoch) == "paths" and self._paths is None:
-            self._paths = PathSpace(self.supernet, self.config.max_edges_per_node)
+        super().start_epoch(epoch)
+        if self.phase(epoch) == "paths":
+            self.paths.open()
 
     def end_epoch(self, epoch: int, step: int) -> dict[str, Any]:
         row = super().end_epoch(epoch, step)
         row["dropped"] = self.candidates.end_epoch(epoch, step)
-        if epoch + 1 == self.config.epochs and self._paths is not None:
-            scores = score(self._paths, self._path_losses, limit=self.config.scored_paths, seed=self.config.seed)
-            self._chosen = select(scores, self._paths.parameters if self.config.tie_break == "capacity" else None)
-            row["scored_paths"] = len(scores)
-            row["path_loss"] = float(scores[self._chosen].mean())
+        if epoch + 1 == self.config.epochs and self.paths.are_open:
+            row |= self.paths.compare(score)
         return row
 
     def derived(self) -> AnyGenotype:
-        if self._chosen is None or self._paths is None:
-            return super().derived()
-        return self._paths.genotype(self._chosen)
-
-    def _path_losses(self, path: Path) -> Tensor:
-        self._forced = path
-        try:
-            return self.losses()
-        finally:
-            self._forced = None
+        return self.paths.genotype() or super().derived()
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        chosen = None if self._chosen is None else list(self._chosen)
-        return {**super().state_dict(), "candidates": self.candidates.state_dict(), "chosen": chosen}
+        parts = {"candidates": self.candidates.state_dict(), "paths": self.paths.state_dict()}
+        return {**super().state_dict(), **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.candidates.load_state_dict(state["candidates"])  # first: an edge that is gone has no candidates to lose
         super().load_state_dict(state)
-        if state["chosen"] is not None:
-            self._paths = PathSpace(self.supernet, self.config.max_edges_per_node)
-            self._chosen = tuple(state["chosen"])
+        self.paths.load_state_dict(state["paths"])

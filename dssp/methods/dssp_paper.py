@@ -46,10 +46,10 @@ class DsspPaper(Method):
         return min(self.config.warmup_epochs + math.ceil(SCHEDULED_SHARE * learning), self.config.epochs) - 1
 
     def penalty(self) -> Tensor:
-        return self.config.lambda_prune * self.supernet.gate_sum()
+        return super().penalty() + self.config.lambda_prune * self.supernet.gate_sum()
 
     def end_epoch(self, epoch: int, step: int) -> dict[str, Any]:
-        return {"pruned": self.pruner.end_epoch(epoch, step)}
+        return {**super().end_epoch(epoch, step), "pruned": self.pruner.end_epoch(epoch, step)}
 
     @property
     def history(self) -> list[dict[str, Any]]:

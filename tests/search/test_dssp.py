@@ -55,9 +55,9 @@ def test_derived_cell_is_the_path_of_the_lowest_held_out_loss() -> None:
     search = small_search(**{**SETTINGS, "scored_paths": 10_000, "nodes": 1})
     run(search, range(6))
     method = search.method
-    assert isinstance(method, Dssp) and method._paths is not None
-    losses = {path: float(method._path_losses(path).mean()) for path in method._paths}
-    assert search.derived() == method._paths.genotype(min(losses, key=losses.__getitem__))
+    assert isinstance(method, Dssp) and method.paths.space is not None
+    losses = {path: float(method.paths.losses_of(path).mean()) for path in method.paths.space}
+    assert search.derived() == method.paths.space.genotype(min(losses, key=losses.__getitem__))
 
 
 def test_resumed_search_continues_bit_for_bit_from_every_epoch() -> None:

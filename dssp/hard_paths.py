@@ -1,0 +1,78 @@
+"""Training on hard paths: one drawn for every step, then compared on held-out images, and the best one is derived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dssp.config import SearchConfig
+from dssp.genotype import AnyGenotype
+from dssp.held_out import Losses
+from dssp.paths import Path, PathSpace, Score, select
+from dssp.relaxation import Mixture
+from dssp.supernet import Supernet
+
+
+class HardPaths:
+    """The paths of a supernet from the moment they are opened, when nothing may leave any more.
+
+    `losses` are the held-out losses of the supernet as it is mixed by mixtures({}).
+    """
+
+    def __init__(self, config: SearchConfig, supernet: Supernet, losses: Losses) -> None:
+        self.config, self.supernet, self.losses = config, supernet, losses
+        self.space: PathSpace | None = None
+        self.chosen: Path | None = None
+        self._forced: Path | None = None  # while a path is judged
+
+    @property
+    def are_open(self) -> bool:
+        """Whether paths are what trains."""
+        return self.space is not None
+
+    def open(self) -> PathSpace:
+        """What is left of the supernet, as paths; the same at every call."""
+        self.space = self.space or PathSpace(self.supernet, self.config.max_edges_per_node)
+        return self.space
+
+    def noise(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """The path of the next step, drawn uniformly."""
+        return {"path": torch.tensor([-1 if k is None else k for k in self.open().draw(generator)])}
+
+    def mixtures(self, noise: dict[str, Tensor]) -> dict[str, Mixture]:
+        """What runs a drawn path or, without noise, the one under judgement: else the path of the largest alpha."""
+        space = self.open()
+        if "path" in noise:
+            return space.mixtures(tuple(None if k < 0 else k for k in noise["path"].tolist()))
+        return space.mixtures(self._forced or space.strongest())
+
+    def compare(self, score: Callable[..., Score]) -> dict[str, Any]:
+        """Score paths and choose one; entries for the epoch's row of metrics."""
+        space, config = self.open(), self.config
+        scores = score(space, self.losses_of, limit=config.scored_paths, seed=config.seed)
+        self.chosen = select(scores, space.parameters if config.tie_break == "capacity" else None)
+        return {"scored_paths": len(scores), "path_loss": float(scores[self.chosen].mean())}
+
+    def losses_of(self, path: Path) -> Tensor:
+        """The held-out losses of one path."""
+        self._forced = path
+        try:
+            return self.losses()
+        finally:
+            self._forced = None
+
+    def genotype(self) -> AnyGenotype | None:
+        """The derived cell that was chosen, None before the comparison."""
+        return None if self.chosen is None else self.open().genotype(self.chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"chosen": None if self.chosen is None else list(self.chosen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Comes after everything has left the supernet that had left."""
+        if state["chosen"] is not None:
+            self.open()
+            self.chosen = tuple(state["chosen"])

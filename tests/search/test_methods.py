@@ -1,0 +1,63 @@
+"""What holds for every search method: it finds a planted answer, and continues bit for bit wherever it was cut."""
+
+from __future__ import annotations
+
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+
+from dssp.bilevel import BilevelSearch
+from dssp.config import SearchConfig
+from dssp.methods import METHODS
+from dssp.spaces.operations import OPERATIONS
+from tests.search.small import small_search
+from tests.search.test_skipped_steps import tensors
+from tests.search.toy import ANSWER, AverageAll, toy_search
+
+# The zero-one loss follows the first signs of alpha wherever the loss says nothing: on the useless candidate, chance.
+SETTINGS: dict[str, dict[str, Any]] = {"fair-darts": {"zero_one_weight": 0.0}}
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
+
+
+def run(search: BilevelSearch, first: int, last: int, skip: int = 0) -> list[dict[str, Any]]:
+    """The epochs from `first` to before `last`; of the first one, `skip` steps are done."""
+    rows = []
+    for epoch in range(first, last):
+        for batch in search.batches(epoch, first=skip if epoch == first else 0):
+            search.step(batch, epoch)
+        rows.append(search.end_epoch(epoch))
+    return rows
+
+
+def test_the_configuration_knows_the_methods_and_no_others() -> None:
+    assert get_args(get_type_hints(SearchConfig)["method"]) == tuple(METHODS)
+
+
+@EVERY_METHOD
+def test_the_planted_operation_is_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPERATIONS, "average_all", lambda channels, stride, affine: AverageAll())
+    search = toy_search(method, **SETTINGS.get(method, {}))
+    with torch.no_grad():
+        search.supernet.alpha["normal"][:, 0] += 0.5  # the other one has the better start
+    assert search.method.derived() != ANSWER
+    run(search, 0, search.epochs)
+    assert search.derived() == ANSWER
+
+
+@EVERY_METHOD
+def test_search_cut_within_an_epoch_continues_to_the_same_bits(method: str) -> None:
+    settings: dict[str, Any] = {"method": method, "channels": 4, "nodes": 1, "epochs": 3, "held_out": 8}
+    settings["scored_paths"] = 4
+    whole = small_search(**settings)
+    rows = run(whole, 0, 3)
+    first = small_search(**settings)
+    run(first, 0, 1)
+    first.step(next(first.batches(1)), 1)
+    second = small_search(**settings)
+    torch.rand(7)  # torch's own generator is in another state
+    second.load_state_dict(first.state_dict())
+    assert run(second, 1, 3, skip=1) == rows[1:]
+    assert second.derived() == whole.derived()
+    found, wanted = tensors(second.state_dict()), tensors(whole.state_dict())
+    assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
