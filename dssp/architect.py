@@ -92,7 +92,7 @@ class Architect:
         return found[0]
 
     def _logits(self, images: Tensor, noise: Noise) -> Tensor:
-        return logits_of(lambda images: self.supernet(images, self.method.mixtures(noise)), images, self.precision)
+        return logits_of(lambda images: self.method.logits(images, noise), images, self.precision)
 
     def update(self, objective: Tensor) -> Tensor:
         """A step along the gradients, unless they or the objective are not finite; whether it was taken."""

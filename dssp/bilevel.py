@@ -72,6 +72,7 @@ class BilevelSearch:
         self._uncaptured = GuardedStep(self._step, supernet)
         self.captured = CapturedStep(GuardedStep(self._captured_step, supernet), enabled=not config.no_cuda_graphs)
         self.held_out = data.valid.sample(config.held_out, seed=config.seed)
+        self.compared_on = data.valid.sample(config.compared_images, seed=config.seed)
 
     def derived(self) -> AnyGenotype:
         """What the search would end in if it ended now."""
@@ -170,7 +171,7 @@ class BilevelSearch:
             if learns_both:
                 self.architect.optimizer.zero_grad()
             values |= weight_step(
-                lambda images: self.supernet(images, self.method.mixtures(noise)),
+                lambda images: self.method.logits(images, noise),
                 self.optimizer,
                 *train,
                 grad_clip=config.grad_clip,
@@ -190,10 +191,11 @@ class BilevelSearch:
             del self.optimizer.state[weight]
 
     def _logits(self, images: Tensor) -> Tensor:
-        return self.supernet(images, self.method.mixtures({}))
+        return self.method.logits(images, {})
 
-    def _held_out_losses(self) -> Tensor:
-        return held_out_losses(self.supernet, self._logits, *self.held_out)
+    def _held_out_losses(self, *, comparing: bool = False) -> Tensor:
+        images, labels = self.compared_on if comparing else self.held_out
+        return held_out_losses(self.supernet, self._logits, images, labels)
 
     def _held_out_metrics(self) -> dict[str, float]:
         """Validation figures of an epoch that took no architecture step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dssp.held_out import Losses, candidate_effects
+from dssp.held_out import Measure, candidate_effects
 from dssp.supernet import Supernet
 
 
@@ -34,7 +34,7 @@ class CandidatePruner:
     images least: what alpha believes does not count (it favours skip connections, and more so the longer it learns).
     """
 
-    def __init__(self, supernet: Supernet, schedule: CandidateSchedule, losses: Losses) -> None:
+    def __init__(self, supernet: Supernet, schedule: CandidateSchedule, losses: Measure) -> None:
         self.supernet, self.schedule, self.losses = supernet, schedule, losses
         self.history: list[dict[str, Any]] = []
 

@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "path_epochs": (6, 25),
         "scored_paths": (128, 256),
         "held_out": (256, 1024),
+        "compared_images": (720, 8192),
         "tie_break": ("loss", "loss"),
         "temperature": (10.0, 10.0),
         "temperature_min": (0.1, 0.1),
@@ -261,6 +262,13 @@ class SearchConfig(_Config):
         None, "of the Gumbel softmax in the first epoch (methods snas, preset 1, and gdas)", "search", low=1e-3
     )
     temperature_min: float = option(None, "in the last epoch; it falls linearly", "search", low=1e-3)
+    downsample: int = option(
+        1,
+        "average images over squares of this many pixels while architecture and weights learn; hard paths see them "
+        "whole (method dssp): where the supernet is too slow, the first to go",
+        "search",
+        low=1,
+    )
     warmup_epochs: int = option(
         None, "first epochs that train weights only; the preset scales with --epochs", "search", low=0
     )
@@ -291,7 +299,10 @@ class SearchConfig(_Config):
     scored_paths: int = option(
         None, "paths compared at the end: all, if there are not more (methods dssp and random)", "search", low=1
     )
-    held_out: int = option(None, "validation images on which removals are measured and paths compared", "search", low=2)
+    held_out: int = option(None, "validation images on which removals are measured", "search", low=2)
+    compared_images: int = option(
+        None, "validation images on which paths are compared at the end (methods dssp and random)", "search", low=2
+    )
     tie_break: Literal["loss", "capacity"] = option(
         None,
         "which of the paths that tie on the held-out images is derived: the one of the lowest loss, or that with the "

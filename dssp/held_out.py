@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,15 @@ from dssp.supernet import Supernet
 
 BATCH = 256  # images per forward pass; their statistics are what BatchNorm uses
 
-Losses = Callable[[], Tensor]
+
+Measure = Callable[[], Tensor]
 """The losses of a supernet as it is now, one per held-out image: float32 [n] on the CPU."""
+
+
+class Losses(Protocol):
+    """A Measure: on the images on which removals are measured or, if asked, those on which paths are compared."""
+
+    def __call__(self, *, comparing: bool = False) -> Tensor: ...
 
 
 @contextmanager
@@ -42,7 +50,7 @@ def held_out_losses(model: nn.Module, logits: Callable[[Tensor], Tensor], images
     return F.cross_entropy(held_out_logits(model, logits, images), labels, reduction="none").float().cpu()
 
 
-def edge_effects(supernet: Supernet, edges: Sequence[str], losses: Losses) -> list[Tensor]:
+def edge_effects(supernet: Supernet, edges: Sequence[str], losses: Measure) -> list[Tensor]:
     """What masking each edge alone adds to each held-out loss."""
     full, effects = losses(), []
     for edge in edges:
@@ -54,7 +62,9 @@ def edge_effects(supernet: Supernet, edges: Sequence[str], losses: Losses) -> li
     return effects
 
 
-def candidate_effects(supernet: Supernet, candidates: Sequence[tuple[str, str]], losses: Losses) -> list[Tensor]:
+def candidate_effects(
+    supernet: Supernet, candidates: Sequence[tuple[str, str]], losses: Callable[[], Tensor]
+) -> list[Tensor]:
     """What masking each candidate (edge, operation) alone adds to each held-out loss, the softmax renormalised."""
     full, effects = losses(), []
     for edge, operation in candidates:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dssp.held_out import Losses, edge_effects
+from dssp.held_out import Measure, edge_effects
 from dssp.supernet import Supernet
 
 STRATEGIES = ("measured", "budget", "relative", "absolute", "none")
@@ -127,7 +127,7 @@ class Pruner:
     cell's inputs to its output always remains.
     """
 
-    def __init__(self, supernet: Supernet, rules: PruningRules, losses: Losses) -> None:
+    def __init__(self, supernet: Supernet, rules: PruningRules, losses: Measure) -> None:
         if rules.strategy not in STRATEGIES:
             raise ValueError(f"prune_strategy: expected one of {', '.join(STRATEGIES)}, got {rules.strategy!r}")
         if rules.min_edges < 1:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dssp.config import SearchConfig
 from dssp.derivation import derive
@@ -53,6 +54,15 @@ class Method:
     def noise(self, generator: torch.Generator, epoch: int) -> Noise:
         """What the next step needs of chance."""
         return {}
+
+    def logits(self, images: Tensor, noise: Noise) -> Tensor:
+        """What the supernet says of the images in this step."""
+        return self.supernet(self.downsampled(images), self.mixtures(noise))
+
+    def downsampled(self, images: Tensor) -> Tensor:
+        """The images as the search sees them: means over squares of `--downsample` pixels; odd sizes round up."""
+        size = self.config.downsample
+        return images if size == 1 else F.avg_pool2d(images, size, ceil_mode=True, count_include_pad=False)
 
     def mixtures(self, noise: Noise) -> dict[str, Mixture]:
         """How the cells of each type mix their candidates in this step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dssp.candidate_pruning import CandidatePruner, CandidateSchedule
 from dssp.config import SearchConfig
@@ -49,6 +50,9 @@ class Dssp(DsspPaper):
     def noise(self, generator: torch.Generator, epoch: int) -> Noise:
         """In the last phase: the path of the next step."""
         return self.paths.noise(generator) if self.phase(epoch) == "paths" else {}
+
+    def downsampled(self, images: Tensor) -> Tensor:
+        return images if self.paths.are_open else super().downsampled(images)
 
     def mixtures(self, noise: Noise) -> dict[str, Mixture]:
         return self.paths.mixtures(noise) if self.paths.are_open else super().mixtures(noise)

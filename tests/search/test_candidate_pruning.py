@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from dssp.candidate_pruning import CandidatePruner, CandidateSchedule
-from dssp.held_out import Losses
+from dssp.held_out import Measure
 from dssp.supernet import Supernet
 from tests.search.small import small_supernet
 
 
-def losses_by_value(supernet: Supernet) -> Losses:
+def losses_by_value(supernet: Supernet) -> Measure:
     """Held-out losses that fall with every candidate offered: later ones are worth more, and more on later edges."""
 
     def losses() -> torch.Tensor:

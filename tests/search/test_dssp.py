@@ -83,3 +83,17 @@ def test_without_hard_paths_alpha_and_gates_decide() -> None:
     rows = run(search, range(6))
     assert {row["phase"] for row in rows} == {"warm-up", "search"} and "scored_paths" not in rows[-1]
     assert search.derived() == search.method.derived()
+
+
+def test_search_sees_small_images_and_hard_paths_whole_ones() -> None:
+    search = small_search(**SETTINGS, downsample=2)
+    sizes: list[int] = []
+    search.supernet.stem.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape[-1]))
+    run(search, range(6))
+    assert set(sizes) == {4, 8} and sizes == sorted(sizes)
+
+
+def test_downsampled_images_are_means_over_squares() -> None:
+    method = small_search(method="darts", downsample=2).method
+    images = torch.arange(9.0).reshape(1, 1, 3, 3)
+    assert method.downsampled(images).flatten().tolist() == [2.0, 3.5, 6.5, 8.0]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dssp.held_out import Losses
+from dssp.held_out import Measure
 from dssp.pruning import STRATEGIES, GateTable, Pruner, PruningRules, normalised_gates
 from dssp.supernet import Supernet
 from tests.search.small import set_gates, small_supernet
@@ -28,7 +28,7 @@ def no_measure() -> torch.Tensor:
     raise AssertionError("only the strategy `measured` measures")
 
 
-def losses_by(supernet: Supernet, cost: Mapping[str, float], asked: list[str] | None = None) -> Losses:
+def losses_by(supernet: Supernet, cost: Mapping[str, float], asked: list[str] | None = None) -> Measure:
     """Held-out losses to which every masked edge adds its cost; `asked` collects the edges masked to find out."""
 
     def losses() -> torch.Tensor:
@@ -40,7 +40,7 @@ def losses_by(supernet: Supernet, cost: Mapping[str, float], asked: list[str] | 
     return losses
 
 
-def prune(supernet: Supernet, rules: PruningRules, losses: Losses = no_measure) -> Pruner:
+def prune(supernet: Supernet, rules: PruningRules, losses: Measure = no_measure) -> Pruner:
     """All pruning points of a search."""
     pruner = Pruner(supernet, rules, losses)
     for epoch in range(rules.last_epoch + 3):
