@@ -14,8 +14,9 @@ from dssp.benchmark import Benchmark
 from dssp.capture import CapturedStep
 from dssp.config import SearchConfig
 from dssp.data import DataSet, keyed_generator
+from dssp.early_stopping import EarlyStopping, dominant_eigenvalue
 from dssp.genotype import AnyGenotype
-from dssp.held_out import held_out_logits, held_out_losses
+from dssp.held_out import batch_statistics, held_out_logits, held_out_losses
 from dssp.methods import METHODS
 from dssp.methods.base import Noise
 from dssp.optimization import set_learning_rate, sgd, weight_step
@@ -55,6 +56,7 @@ class BilevelSearch:
     ) -> None:
         self.config, self.supernet, self.data, self.benchmark = config, supernet, data, benchmark
         self.epochs = config.epochs
+        self.early_stopping = EarlyStopping()
         self.method = METHODS[config.method](config, supernet, self._held_out_losses)
         self.weights = supernet.weights()
         self.optimizer = sgd(
@@ -76,7 +78,7 @@ class BilevelSearch:
 
     def derived(self) -> AnyGenotype:
         """What the search would end in if it ended now."""
-        return self.method.derived()
+        return self.early_stopping.genotype or self.method.derived()
 
     def tabulated(self) -> dict[str, float] | None:
         """The benchmark's accuracies of the derived cell, None without a benchmark."""
@@ -133,6 +135,10 @@ class BilevelSearch:
         row |= {"pruned": [], "dropped": []} | self.method.end_epoch(epoch, step=(epoch + 1) * self.steps())
         if row["pruned"] or row["dropped"]:
             self._forget_removed_weights()
+        if phase == "search" and self.config.early_stop:
+            row["alpha_eigenvalue"] = self._alpha_eigenvalue()
+            if self.early_stopping.update(epoch, row["alpha_eigenvalue"], self.method.derived()):
+                self.epochs = epoch + 1
         if (tabulated := self.tabulated()) is not None:
             row["tabulated"] = tabulated
         return row
@@ -140,6 +146,7 @@ class BilevelSearch:
     def state_dict(self) -> dict[str, Any]:
         return {
             "method": self.method.state_dict(),
+            "early_stopping": self.early_stopping.state_dict(),
             "supernet": self.supernet.state_dict(),
             "weight_optimizer": self.optimizer.state_dict(),
             "architecture_optimizer": self.architect.optimizer.state_dict(),
@@ -147,6 +154,8 @@ class BilevelSearch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.method.load_state_dict(state["method"])
+        self.early_stopping.load_state_dict(state["early_stopping"])
+        self.epochs = self.early_stopping.stopped_after or self.config.epochs
         self._forget_removed_weights()
         self.supernet.load_state_dict(state["supernet"])
         self.optimizer.load_state_dict(state["weight_optimizer"])
@@ -206,6 +215,13 @@ class BilevelSearch:
             "valid_accuracy": float((logits.argmax(1) == labels).float().mean()),
             "prune_loss": float(self.supernet.gate_sum().detach()),
         }
+
+    def _alpha_eigenvalue(self) -> float:
+        """Of the Hessian of the loss in alpha, on as many held-out images as a step has."""
+        images, labels = (part[: self.config.batch_size] for part in self.held_out)
+        with batch_statistics(self.supernet), frozen(self.weights):
+            loss = F.cross_entropy(self._logits(images), labels)
+            return dominant_eigenvalue(loss, list(self.supernet.alpha.values()))
 
     def _architecture(self) -> dict[str, Any]:
         """Gates, normalised gates (None where an edge is gone) and the candidates' weights, by cell type."""

@@ -86,6 +86,7 @@ BILEVEL_METHODS = (
 )  # those that do nothing but DARTS' bilevel steps on a mixture without noise
 # Options that not every method can have -> the methods that can.
 OPTION_METHODS = {
+    "early_stop": BILEVEL_METHODS,
     "unrolled": ("dssp", "dssp-paper", *BILEVEL_METHODS),
     "beta_decay": ("dssp", "dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
     "max_skips": ("dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
@@ -246,6 +247,12 @@ class SearchConfig(_Config):
         "NAS-Bench-201); not for method random",
         "search",
         low=0,
+    )
+    early_stop: bool = option(
+        False,
+        "end the search when the loss becomes sharp in alpha (RobustDARTS: dominant eigenvalue of the Hessian, "
+        "looked at after every epoch), and derive the cell of five epochs before; for bilevel methods without pruning",
+        "search",
     )
     max_skips: int | None = option(
         None,

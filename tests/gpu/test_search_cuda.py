@@ -54,8 +54,29 @@ def test_captured_steps_train_as_eager_ones_do(precision: str) -> None:
             search._forget_removed_weights()
 
 
-def test_a_step_does_not_wait_for_the_device() -> None:
-    search = search_on_gpu(no_cuda_graphs=True)
+METHODS = [
+    *({"method": method} for method in ("darts", "pc-darts", "fair-darts", "snas", "dssp-paper")),
+    {"method": "darts", "unrolled": True, "beta_decay": 5.0},
+]
+EVERY_CAPTURED_METHOD = pytest.mark.parametrize(
+    "settings", METHODS, ids=lambda settings: "-".join([settings["method"], *list(settings)[1:]])
+)
+
+
+@EVERY_CAPTURED_METHOD
+def test_captured_steps_of_a_method_train_as_eager_ones_do(settings: dict[str, object]) -> None:
+    captured, eager = (search_on_gpu(no_cuda_graphs=off, **settings) for off in (False, True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, expected = (run_steps(search, 1, EAGER_STEPS + 3) for search in (captured, eager))
+    assert captured.captured.is_recorded and not eager.captured.is_recorded
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@EVERY_CAPTURED_METHOD
+def test_a_step_does_not_wait_for_the_device(settings: dict[str, object]) -> None:
+    search = search_on_gpu(no_cuda_graphs=True, **settings)
     batches = list(search.batches(1))
     search.step(batches[0], 1)
     torch.cuda.synchronize()
@@ -102,13 +123,13 @@ def test_removed_edges_give_their_memory_back() -> None:
 def test_step_that_is_not_finite_is_taken_back_on_the_device(captured: bool, at: int) -> None:
     search = search_on_gpu(no_cuda_graphs=not captured)
     for index, (batch, _) in enumerate(zip(search.batches(1), range(at + 3), strict=False)):
-        train, valid = batch
+        train, valid, noise = batch
         assert valid is not None
         if index != at:
             search.step(batch, 1)
             continue
         before = {name: value.clone() for name, value in search.supernet.state_dict().items()}
-        values = search.step(((train[0] * torch.inf, train[1]), (valid[0] * torch.nan, valid[1])), 1)
+        values = search.step(((train[0] * torch.inf, train[1]), (valid[0] * torch.nan, valid[1]), noise), 1)
         assert all(value.isnan() for value in values.values())
         for name, value in search.supernet.state_dict().items():
             assert name.endswith("num_batches_tracked") or torch.equal(value, before[name]), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -12,7 +13,7 @@ from dssp.config import SearchConfig
 from dssp.methods import METHODS
 from dssp.spaces.operations import OPERATIONS
 from tests.search.small import small_search
-from tests.search.test_skipped_steps import tensors
+from tests.search.test_skipped_steps import assert_unchanged, tensors, without_counters
 from tests.search.toy import ANSWER, AverageAll, toy_search
 
 # The zero-one loss follows the first signs of alpha wherever the loss says nothing: on the useless candidate, chance.
@@ -45,9 +46,12 @@ def test_the_planted_operation_is_found(method: str, monkeypatch: pytest.MonkeyP
     assert search.derived() == ANSWER
 
 
-@EVERY_METHOD
-def test_search_cut_within_an_epoch_continues_to_the_same_bits(method: str) -> None:
-    settings: dict[str, Any] = {"method": method, "channels": 4, "nodes": 1, "epochs": 3, "held_out": 8}
+COUNTERMEASURES = {"unrolled": True, "beta_decay": 5.0, "early_stop": True, "max_skips": 0}
+
+
+@pytest.mark.parametrize(("method", "options"), [*((method, {}) for method in METHODS), ("darts", COUNTERMEASURES)])
+def test_search_cut_within_an_epoch_continues_to_the_same_bits(method: str, options: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"method": method, "channels": 4, "nodes": 1, "epochs": 3, "held_out": 8, **options}
     settings["scored_paths"] = 4
     whole = small_search(**settings)
     rows = run(whole, 0, 3)
@@ -61,3 +65,22 @@ def test_search_cut_within_an_epoch_continues_to_the_same_bits(method: str) -> N
     assert second.derived() == whole.derived()
     found, wanted = tensors(second.state_dict()), tensors(whole.state_dict())
     assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize(("method", "unrolled"), [*((method, False) for method in METHODS), ("darts", True)])
+def test_step_on_a_poisoned_batch_changes_nothing(method: str, unrolled: bool) -> None:
+    search = small_search(method=method, channels=4, nodes=1, epochs=4, unrolled=unrolled)
+    batches = list(search.batches(1))
+    search.step(batches[0], 1)
+    before = copy.deepcopy(search.state_dict())
+    train, valid, noise = batches[1]
+    for half in (train, valid):
+        if half is not None:
+            half[0][0] = torch.nan
+    values = search.step((train, valid, noise), 1)
+    assert all(value.isnan() for value in values.values())
+    after = search.state_dict()
+    assert_unchanged(without_counters(after["supernet"]), without_counters(before["supernet"]))
+    assert tensors(after["weight_optimizer"]["state"]) and len(tensors(after)) == len(tensors(before))
+    for part in ("weight_optimizer", "architecture_optimizer"):
+        assert all(map(torch.equal, tensors(after[part]["state"]), tensors(before[part]["state"])))
