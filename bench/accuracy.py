@@ -22,7 +22,11 @@ def float64_results(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def relative_errors(mix: Mix, inputs: Inputs, exact: Sequence[Tensor], pruned: int = 0) -> Errors:
-    """||result - exact|| / ||exact|| of a mix; the first `pruned` candidates are not among its inputs."""
+    """||result - exact|| / ||exact|| of a mix; the first `pruned` candidates are not among its inputs.
+
+    The gradient of one gate is a single sum that may cancel to nearly nothing by chance, and its error with it or not:
+    it is measured against the gradients of gates and alpha together, which are made of the same terms.
+    """
     y, *gradients = forward_backward(mix, inputs)
     *outputs, alpha, mask = gradients
     exact_y, *exact_outputs, exact_alpha, exact_mask = exact
@@ -30,14 +34,14 @@ def relative_errors(mix: Mix, inputs: Inputs, exact: Sequence[Tensor], pruned: i
         "y": relative_error([y], [exact_y]),
         "inputs": relative_error(outputs, exact_outputs[pruned:]),
         "alpha": relative_error([alpha], [exact_alpha]),
-        "mask": relative_error([mask], [exact_mask]),
+        "mask": relative_error([mask], [exact_mask], scale=[exact_mask, exact_alpha]),
     }
 
 
-def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Of zeros, such as the gradient of alpha where an edge has one candidate: 0 if exact, else infinite."""
+def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor], scale: Sequence[Tensor] | None = None) -> float:
+    """||results - exact|| / ||scale||, by default ||exact||. Of zeros, such as the gradient of alpha where an edge has one candidate: 0 if exact, else infinite."""
     error = sum(float((a.double() - b).square().sum()) for a, b in zip(results, exact, strict=True))
-    size = sum(float(b.square().sum()) for b in exact)
+    size = sum(float(b.square().sum()) for b in (exact if scale is None else scale))
     if size == 0:
         return 0.0 if error == 0 else math.inf
     return (error / size) ** 0.5
