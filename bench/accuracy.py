@@ -39,7 +39,10 @@ def relative_errors(mix: Mix, inputs: Inputs, exact: Sequence[Tensor], pruned: i
 
 
 def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor], scale: Sequence[Tensor] | None = None) -> float:
-    """||results - exact|| / ||scale||, by default ||exact||. Of zeros, such as the gradient of alpha where an edge has one candidate: 0 if exact, else infinite."""
+    """||results - exact|| / ||scale||, by default ||exact||.
+
+    Of zeros, such as the gradient of alpha where an edge has one candidate: 0 if exact, else infinite.
+    """
     error = sum(float((a.double() - b).square().sum()) for a, b in zip(results, exact, strict=True))
     size = sum(float(b.square().sum()) for b in (exact if scale is None else scale))
     if size == 0:
