@@ -21,7 +21,7 @@ from dssp.report.run_folder import Run, UnreadableRun, read_run_folder
 BASELINE = "darts"  # whose search time is 1 where times are compared
 NUMBERS = (
     *("search_seconds", "retrain_seconds", "peak_memory_bytes", "step_first_seconds", "step_last_seconds"),
-    *("search_flops", "test_accuracy", "parameters", "flops"),
+    *("test_accuracy", "parameters", "flops"),
 )
 
 
@@ -138,8 +138,6 @@ def _numbers(run: Run | None) -> dict[str, float | None]:
     said = run.summary.numbers
     numbers |= {name: said[name] for name in NUMBERS if name in said}
     numbers |= {f"step_{which}_seconds": said[f"step_{which}"] for which in ("first", "last")}
-    flops = [epoch.numbers["flops"] for epoch in run.epochs]
-    numbers["search_flops"] = sum(f for f in flops if f is not None) if flops and None not in flops else None
     return numbers | {f"tabulated_{column}": accuracy for column, accuracy in run.summary.tabulated.items()}
 
 

@@ -29,8 +29,7 @@ def columns(comparison: Comparison, *, wide: bool) -> list[Column]:
         *(Column(key, key.replace("_", " "), _percents(1)) for key in comparison.tabulated),
         Column("parameters", "Parameters", _counts),
         Column("flops", "FLOPs per image", _counts),
-        *[Column("search_flops", "FLOPs of the search", _counts)] * wide,
-        *[Column("peak_memory_bytes", "Peak memory (bytes)", _counts)] * wide,
+        *[Column("peak_memory_bytes", "Peak memory", _bytes)] * wide,
         Column("search_seconds", "Search time (shared)" if times_shared else "Search time", _times),
     ]
     return [c for c in shown if any(comparison.spread(method, c.number) for method in comparison.methods)]
@@ -59,10 +58,14 @@ def _percents(scale: float) -> Callable[[Spread], str]:
     return lambda spread: plus_minus(spread, 1 / scale, "%", decimals=2)
 
 
-def _counts(spread: Spread) -> str:
+def _bytes(spread: Spread) -> str:
+    return _counts(spread, "B")
+
+
+def _counts(spread: Spread, unit: str = "") -> str:
     sizes = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
     prefix, size = next(((p, size) for p, size in sizes if spread.mean >= 0.9995 * size), ("", 1.0))
-    return plus_minus(spread, size, prefix)
+    return plus_minus(spread, size, prefix + unit)
 
 
 def _times(spread: Spread) -> str:

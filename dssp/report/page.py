@@ -17,6 +17,7 @@ from dssp.report.axis import ticks
 from dssp.report.candidates import heat_maps
 from dssp.report.cells import FAMILIES, draw_cell, family
 from dssp.report.charts import Frame, Line, line_chart
+from dssp.report.course import course
 from dssp.report.run_folder import Edge, Epoch, Removal, Run, read_run_folder
 from dssp.report.svg import state_name
 from dssp.report.template import environment, write_page
@@ -32,9 +33,9 @@ _NAMES = {
 def write_report(run_dir: Path) -> Path:
     """Write run_dir/report.html, replacing it as a whole, and return its path.
 
-    The page needs no other file, no network and no JavaScript. It shows what the folder has: also a search that is
-    still running, and a baseline without masks. Raises UnreadableRun if `run_dir` is not a run folder or a file in it
-    is malformed.
+    The page needs no other file and no network; JavaScript replays the epochs of the searched cells, without it the
+    last one shows. It shows what the folder has: also a search that is still running, and a baseline without masks.
+    Raises UnreadableRun if `run_dir` is not a run folder or a file in it is malformed.
     """
     run_dir = Path(run_dir)
     return write_page(run_dir / "report.html", render(read_run_folder(run_dir)))
@@ -56,6 +57,7 @@ def render(run: Run) -> str:
         one_output=run.genotype is not None and all(len(concat) == 1 for _, concat in run.genotype.cells.values()),
         families=families([run.genotype]),
         genotype_text=genotype_text(run.genotype),
+        course=course(run, {removal.edge: removal.epoch for removal in removals}),
         gates=_gate_groups(run, removals, "gates", "absolute"),
         normalised_gates=_gate_groups(run, removals, "normalised_gates", "relative"),
         learning=_learning(run),

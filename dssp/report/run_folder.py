@@ -204,7 +204,7 @@ def _read_epochs(path: Path, edges: tuple[Edge, ...]) -> tuple[Epoch, ...]:
 
 _NUMBERS = (
     *("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "prune_loss"),
-    *("active_edges", "total_edges", "step_seconds", "seconds", "learning_rate", "flops"),
+    *("active_edges", "total_edges", "step_seconds", "seconds", "learning_rate"),
 )
 
 
