@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -481,6 +481,21 @@ def parse_export(argv: Sequence[str] | None = None) -> ExportConfig:
     return _parse(ExportConfig, "dssp.export", "Write a trained network as a file that other programs run.", argv)
 
 
+def search_parser(prog: str, description: str, *, without: Collection[str] = ()) -> argparse.ArgumentParser:
+    """The command line of a search as a parser of the fields that are given, all but some, to be extended."""
+    return _parser(SearchConfig, prog, description, without)
+
+
+def flags(fields: Mapping[str, Any]) -> list[str]:
+    """The command line that sets these fields."""
+    names = {name: f"--{name.replace('_', '-')}" for name in fields}
+    return [
+        names[name] if value is True else f"{names[name]}={value}"
+        for name, value in fields.items()
+        if value is not None and value is not False
+    ]
+
+
 def _check_device(device: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {device!r}")
@@ -544,11 +559,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(config: type[C], prog: str, description: str, argv: Sequence[str] | None) -> C:
+    parser = _parser(config, prog, description)
+    try:
+        parsed = config(**vars(parser.parse_args(argv)))
+        parsed.resolve()  # a flag may contradict a preset
+    except ConfigError as error:
+        parser.error(f"argument --{error.field.replace('_', '-')}: {error.reason}")
+    return parsed
+
+
+def _parser(config: type[_Fields], prog: str, description: str, without: Collection[str] = ()) -> _Parser:
     prog = f"python -m {prog}"
     parser = _Parser(
         prog=prog, usage=f"{prog} [flags]", description=description, epilog=EXIT_STATUS, allow_abbrev=False
     )
-    types, fields = get_type_hints(config), dataclasses.fields(config)
+    types = get_type_hints(config)
+    fields = [field for field in dataclasses.fields(config) if field.name not in without]
     for group, subject in GROUPS.items():
         members = [field for field in fields if field.metadata["group"] == group]
         section = parser.add_argument_group(group, subject) if members else None
@@ -556,12 +582,7 @@ def _parse(config: type[C], prog: str, description: str, argv: Sequence[str] | N
             has_preset = field.name in _preset_names(config)
             explanation = field.metadata["help"] + _preset_help(config, field.name)
             _add_flag(section or parser, field, types[field.name], explanation, has_preset)
-    try:
-        parsed = config(**vars(parser.parse_args(argv)))
-        parsed.resolve()  # a flag may contradict a preset
-    except ConfigError as error:
-        parser.error(f"argument --{error.field.replace('_', '-')}: {error.reason}")
-    return parsed
+    return parser
 
 
 def _add_flag(

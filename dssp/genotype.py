@@ -142,12 +142,17 @@ def save_genotype(path: str | Path, genotype: AnyGenotype, *, space: str, method
 
     `text` is DARTS' text or NAS-Bench-201's arch string, or null where that cannot say it.
     """
-    try:
-        text = genotype.to_text()
-    except ValueError:
-        text = None
+    text = text_or_none(genotype)
     content = {"space": space, "genotype": genotype.to_dict(), "method": method, "seed": seed, "text": text}
     write_json(Path(path), content)
+
+
+def text_or_none(genotype: AnyGenotype) -> str | None:
+    """DARTS' text or NAS-Bench-201's arch string; None where that cannot say it."""
+    try:
+        return genotype.to_text()
+    except ValueError:
+        return None
 
 
 def load_genotype(path: str | Path) -> AnyGenotype:

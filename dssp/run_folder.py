@@ -8,11 +8,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +29,7 @@ NOT_COMPARED = (
     "workers",
     "checkpoint_every",
     "max_skipped_steps",
+    "jobs",
 )  # may differ when a run is continued
 
 
@@ -35,7 +37,19 @@ class RunFolderError(Exception):
     """A run folder that cannot be used; one line that says why and what to do."""
 
 
-def open_run_folder(config: SearchConfig | RetrainConfig, kind: str, details: dict[str, Any]) -> Path:
+class Resumable(Protocol):
+    """The configuration of a run with a folder of its own."""
+
+    @property
+    def run_dir(self) -> str | None: ...
+
+    @property
+    def resume(self) -> bool: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def open_run_folder(config: Resumable, kind: str, details: dict[str, Any]) -> Path:
     """The folder of this run with its config.json: a new one, or with ``resume`` the one to continue.
 
     The folder is this process's until it ends. ``details`` go into config.json too; "data" among them must be the same
@@ -100,7 +114,7 @@ def _new_folder(kind: str) -> Path:
     return folder
 
 
-def _newest_like(config: SearchConfig | RetrainConfig, kind: str) -> Path:
+def _newest_like(config: Resumable, kind: str) -> Path:
     for path in sorted(RUNS.glob(f"*-{kind}*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError, AttributeError):  # somebody else's folder, or a damaged one
             if not _differences(config, path):
@@ -108,7 +122,7 @@ def _newest_like(config: SearchConfig | RetrainConfig, kind: str) -> Path:
     raise RunFolderError(f"--resume: no run under {RUNS}/ has this configuration; name its folder with --run-dir")
 
 
-def _differences(config: SearchConfig | RetrainConfig, path: Path) -> list[str]:
+def _differences(config: Resumable, path: Path) -> list[str]:
     stored = json.loads(path.read_text()).get("config", {})
     return [
         f"{name} (then {stored.get(name)!r}, now {value!r})"
@@ -117,7 +131,7 @@ def _differences(config: SearchConfig | RetrainConfig, path: Path) -> list[str]:
     ]
 
 
-def _check_same_run(config: SearchConfig | RetrainConfig, folder: Path, details: dict[str, Any]) -> None:
+def _check_same_run(config: Resumable, folder: Path, details: dict[str, Any]) -> None:
     path = folder / "config.json"
     if not path.exists():
         raise RunFolderError(f"--resume: {folder} holds no run (no config.json)")
@@ -146,7 +160,7 @@ def _circumstances() -> dict[str, Any]:
         versions["triton"] = importlib.metadata.version("triton")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "command": " ".join(["python", "-m", *_command()]),
+        "command": shlex.join(["python", "-m", *_command()]),
         "versions": versions,
         "commit": (_git("log", "-1", "--format=%H", "--", ".") or "").strip() or None,
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {device}",

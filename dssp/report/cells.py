@@ -73,6 +73,11 @@ class Layout:
 
 def draw_cell(cell: Cell, concat: Sequence[int], title: str, inputs: int = 2) -> Markup:
     """One cell of a genotype as an SVG picture; `title` names it for screen readers."""
+    return markup(cell_drawing(cell, concat, title, inputs))
+
+
+def cell_drawing(cell: Cell, concat: Sequence[int], title: str, inputs: int) -> ET.Element:
+    """The same as an element tree: a group of class "edge" per edge, in the order of the cell."""
     layout = lay_out(cell, concat, inputs)
     svg = drawing(layout.width, layout.height, title)
     svg.set("class", "cell")
@@ -80,7 +85,12 @@ def draw_cell(cell: Cell, concat: Sequence[int], title: str, inputs: int = 2) ->
         _draw_route(svg, route)
     for slot in (slot for column in layout.columns for slot in column if slot.state != ""):
         _draw_state(svg, slot)
-    return markup(svg)
+    return svg
+
+
+def label_of(operation: str) -> str:
+    """An operation's name as a label has room for it."""
+    return operation if len(operation) <= 24 else operation[:23] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def lay_out(cell: Cell, concat: Sequence[int], inputs: int = 2) -> Layout:
@@ -121,7 +131,7 @@ def _route(columns: list[list[Slot]], operation: str | None, source: Slot, targe
     for column in range(source.column + 1, target.column):
         slot = Slot(column, 0, 12)
         if operation is not None and column == target.column - 1:
-            slot.text = operation if len(operation) <= 24 else operation[:23] + "\N{HORIZONTAL ELLIPSIS}"
+            slot.text = label_of(operation)
             slot.width, slot.height = 6.8 * len(slot.text) + 12, _LABEL_HEIGHT + 6
         columns[column].append(slot)
         way.append(slot)
@@ -162,7 +172,7 @@ def _place(columns: list[list[Slot]]) -> None:
             slot.y = y
     for sweep in range(200):
         for column in columns if sweep % 2 == 0 else reversed(columns):
-            wanted = [_wanted(slot) for slot in column]
+            wanted = [_wanted(slot, column) for slot in column]
             for slot, y in zip(column, spread(wanted, [slot.height for slot in column]), strict=True):
                 slot.y = y
     top = min(slot.y - slot.height / 2 for column in columns for slot in column) - _PAD
@@ -170,10 +180,17 @@ def _place(columns: list[list[Slot]]) -> None:
         slot.y -= top
 
 
-def _wanted(slot: Slot) -> float:
-    """The mean height of its neighbours; passages pull each other harder, so that long edges run straight."""
+def _wanted(slot: Slot, column: Sequence[Slot]) -> float:
+    """The mean height of its neighbours; passages pull each other harder, so that long edges run straight.
+
+    What has no neighbours, an input that no edge leaves, stays with its column.
+    """
     pull = {n: 8 if n.state == slot.state == "" else 1 for n in slot.before + slot.after}
-    return sum(weight * n.y for n, weight in pull.items()) / sum(pull.values()) if pull else slot.y
+    return (
+        sum(weight * n.y for n, weight in pull.items()) / sum(pull.values())
+        if pull
+        else fmean(other.y for other in column)
+    )
 
 
 def _draw_route(svg: ET.Element, route: Route) -> None:

@@ -16,12 +16,13 @@ Points = Sequence[tuple[float, float | None]]  # (x, y); None is a gap
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its name, CSS class, points, and, if it ended early, why."""
+    """One line: its name, CSS class, points, and, if it ended early, why; a thin one is not named in the picture."""
 
     name: str
     colour: str
     points: Points
     ended: str | None = None
+    thin: bool = False
 
     @property
     def drawn(self) -> list[tuple[float, float]]:
@@ -40,6 +41,7 @@ class Frame:
     level: tuple[str, float] | None = None  # a horizontal line with its name
     left: float = 36
     right: float = 44
+    x_name: str | None = None  # with its unit, where x is not the epoch
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -50,6 +52,10 @@ class Frame:
         low, high = self.y_ticks[0], self.y_ticks[-1]
         return self.bottom - (value - low) / (high - low) * (self.bottom - 12)
 
+    def at(self, x: float) -> str:
+        """A place on the x axis in words."""
+        return f"in epoch {x:g}" if self.x_name is None else f"at {x:.4g} {self.x_name}"
+
     @property
     def bottom(self) -> float:
         return self.height - 22
@@ -59,14 +65,15 @@ def line_chart(lines: Sequence[Line], frame: Frame, title: str) -> Markup:
     """The chart as an SVG picture; `title` says what it shows, units included, to a screen reader."""
     svg = drawing(frame.width, frame.height, title)
     svg.set("class", "chart")
-    _draw_axes(svg, frame)
+    draw_axes(svg, frame)
     for line in lines:
         _draw_line(svg, line, frame)
-    _name_lines(svg, [line for line in lines if line.drawn], frame)
+    _name_lines(svg, [line for line in lines if line.drawn and not line.thin], frame)
     return markup(svg)
 
 
-def _draw_axes(svg: ET.Element, frame: Frame) -> None:
+def draw_axes(svg: ET.Element, frame: Frame) -> None:
+    """Grid, ticks with their labels, and what the frame marks."""
     left, right = frame.left, frame.width - frame.right
     if frame.warm_up is not None:
         end = frame.x(frame.warm_up)
@@ -77,10 +84,11 @@ def _draw_axes(svg: ET.Element, frame: Frame) -> None:
         y = frame.y(value)
         element(svg, "line", class_="grid" if value != frame.y_ticks[0] else "axis", x1=left, x2=right, y1=y, y2=y)
         element(svg, "text", label, class_="tick", x=left - 6, y=y + 3.5, text_anchor="end")
-    element(svg, "text", "epoch", class_="note", x=frame.width, y=frame.bottom + 16, text_anchor="end")
-    low, high = frame.x_range
-    epochs = [e for e in ticks(low, high, max(2, int((right - left) / 55)), whole=True) if low <= e <= high]
-    for x, label in zip(map(frame.x, epochs), tick_labels(epochs), strict=True):
+    x_name, (low, high) = frame.x_name or "epoch", frame.x_range
+    element(svg, "text", x_name, class_="note", x=frame.width, y=frame.bottom + 16, text_anchor="end")
+    count, whole = max(2, int((right - left) / 55)), frame.x_name is None
+    x_ticks = [x for x in ticks(low, high, count, whole=whole) if low <= x <= high]
+    for x, label in zip(map(frame.x, x_ticks), tick_labels(x_ticks), strict=True):
         element(svg, "line", class_="axis", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4)
         element(svg, "text", label, class_="tick", x=x, y=frame.bottom + 16, text_anchor="middle")
     if frame.level is not None:
@@ -94,20 +102,20 @@ def _draw_line(svg: ET.Element, line: Line, frame: Frame) -> None:
     if not line.drawn:
         return
     first, last = line.drawn[0], line.drawn[-1]
-    title = f"{line.name}: {first[1]:.4g} in epoch {first[0]:g}, {last[1]:.4g} in epoch {last[0]:g}"
-    group = element(svg, "g", class_=f"line {line.colour}")
+    title = f"{line.name}: {first[1]:.4g} {frame.at(first[0])}, {last[1]:.4g} {frame.at(last[0])}"
+    group = element(svg, "g", class_=f"line {line.colour}" + " thin" * line.thin)
     element(group, "title", f"{title}; {line.ended}" if line.ended else title)
     places = [(frame.x(x), None if y is None else frame.y(y)) for x, y in line.points]
-    element(group, "path", class_="wire", d=_path(places))
+    element(group, "path", class_="wire", d=path(places))
     x, y = frame.x(last[0]), frame.y(last[1])
     if line.ended:
         element(group, "path", class_="removed", d=f"M{x - 3.5:.1f} {y - 3.5:.1f}l7 7m0 -7l-7 7")
-    else:
+    elif not line.thin:
         element(group, "circle", cx=x, cy=y, r=2.2)
 
 
-def _path(places: Points) -> str:
-    """A line through places in pixels, interrupted at gaps."""
+def path(places: Points) -> str:
+    """The d of a line through places in pixels, interrupted at gaps."""
     parts, pen = [], "M"
     for x, y in places:
         if y is not None:
@@ -146,6 +154,6 @@ def sparkline(values: Sequence[float | None], high: float, title: str) -> Markup
     kept = values[:: -(-len(values) // width)]  # no more points than pixels
     across, up = (width - 2) / max(1, len(kept) - 1), (height - 2) / high
     element(
-        svg, "path", d=_path([(1 + i * across, None if v is None else height - 1 - v * up) for i, v in enumerate(kept)])
+        svg, "path", d=path([(1 + i * across, None if v is None else height - 1 - v * up) for i, v in enumerate(kept)])
     )
     return markup(svg)

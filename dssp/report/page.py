@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dssp.genotype import AnyGenotype
@@ -20,8 +17,10 @@ from dssp.report.axis import ticks
 from dssp.report.candidates import heat_maps
 from dssp.report.cells import FAMILIES, draw_cell, family
 from dssp.report.charts import Frame, Line, line_chart
+from dssp.report.course import course
 from dssp.report.run_folder import Edge, Epoch, Removal, Run, read_run_folder
 from dssp.report.svg import state_name
+from dssp.report.template import environment, write_page
 from dssp.report.units import DASH, count, duration, percent
 
 _NAMES = {
@@ -34,50 +33,50 @@ _NAMES = {
 def write_report(run_dir: Path) -> Path:
     """Write run_dir/report.html, replacing it as a whole, and return its path.
 
-    The page needs no other file, no network and no JavaScript. It shows what the folder has: also a search that is
-    still running, and a baseline without masks. Raises UnreadableRun if `run_dir` is not a run folder or a file in it
-    is malformed.
+    The page needs no other file and no network; JavaScript replays the epochs of the searched cells, without it the
+    last one shows. It shows what the folder has: also a search that is still running, and a baseline without masks.
+    Raises UnreadableRun if `run_dir` is not a run folder or a file in it is malformed.
     """
     run_dir = Path(run_dir)
-    page = render(read_run_folder(run_dir))
-    report, unfinished = run_dir / "report.html", run_dir / f".report.html.{os.getpid()}.tmp"
-    unfinished.write_text(page, encoding="utf-8", errors="replace")  # JSON can hold lone surrogates, UTF-8 cannot
-    os.replace(unfinished, report)
-    return report
+    return write_page(run_dir / "report.html", render(read_run_folder(run_dir)))
 
 
 def render(run: Run) -> str:
     """The page as HTML. Every text of the run folder passes through autoescape or the SVG element tree."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(dash=DASH, cell_name=_name, state=partial(_state, inputs=run.inputs))
-    template = environment.from_string((files("dssp.report") / "page.html.j2").read_text(encoding="utf-8"))
+    made = environment()
+    made.globals.update(cell_name=display_name, state=partial(_state, inputs=run.inputs))
+    template = made.get_template("dssp.report/page.html.j2")
+    method, dataset = run.config.get("method", "search"), run.config.get("dataset", "unknown data")
     removals = _removals(run)
     return template.render(
-        title=f"{_name(run.config.get('method', 'search'))} on {_name(run.config.get('dataset', 'unknown data'))}",
+        title=f"{display_name(method)} on {display_name(dataset)}",
         subtitle=_subtitle(run),
         running=_running(run),
         tiles=_tiles(run, removals),
-        cells=_cells(run.genotype),
+        cells=drawn_cells(run.genotype),
         one_output=run.genotype is not None and all(len(concat) == 1 for _, concat in run.genotype.cells.values()),
-        families=_families(run.genotype),
-        genotype_text=_genotype_text(run.genotype),
+        families=families([run.genotype]),
+        genotype_text=genotype_text(run.genotype),
+        course=course(run, {removal.edge: removal.epoch for removal in removals}),
         gates=_gate_groups(run, removals, "gates", "absolute"),
         normalised_gates=_gate_groups(run, removals, "normalised_gates", "relative"),
         learning=_learning(run),
         candidates=heat_maps(run, {removal.edge for removal in removals}),
         removals=[(removal, _last_gate(run, removal.edge)) for removal in removals],
         retraining=_retraining(run.retraining),
-        config={key: _setting(value) for key, value in run.config.items()},
-        versions={key: _setting(value) for key, value in run.versions.items()},
+        config={key: setting(value) for key, value in run.config.items()},
+        versions={key: setting(value) for key, value in run.versions.items()},
         run=run,
     )
 
 
-def _name(key: Any) -> str:
-    return _NAMES.get(key, key) if isinstance(key, str) else _setting(key)
+def display_name(key: Any) -> str:
+    """A setting as a heading says it: cifar10 is CIFAR-10."""
+    return _NAMES.get(key, key) if isinstance(key, str) else setting(key)
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
+    """A value of a configuration as text."""
     return DASH if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
@@ -92,7 +91,7 @@ def _state(state: int, inputs: int) -> Markup:
 
 
 def _subtitle(run: Run) -> str:
-    parts = [f"{key} {_setting(run.config[key])}" for key in ("space", "seed") if key in run.config]
+    parts = [f"{key} {setting(run.config[key])}" for key in ("space", "seed") if key in run.config]
     if run.epochs:
         parts.append(f"{len(run.epochs)} epochs")
     return " \N{MIDDLE DOT} ".join([*parts, run.path.resolve().name])
@@ -174,23 +173,24 @@ def _last_gate(run: Run, edge: Edge) -> float | None:
 # The derived cells
 
 
-def _cells(genotype: AnyGenotype | None) -> list[tuple[str, Markup]]:
+def drawn_cells(genotype: AnyGenotype | None) -> list[tuple[str, Markup]]:
+    """The cells of a genotype, by name; none without one."""
     if genotype is None:
         return []
     return [
-        (_name(key), draw_cell(cell, concat, f"Derived {_name(key).lower()}", genotype.inputs))
+        (display_name(key), draw_cell(cell, concat, f"Derived {display_name(key).lower()}", genotype.inputs))
         for key, (cell, concat) in genotype.cells.items()
     ]
 
 
-def _families(genotype: AnyGenotype | None) -> dict[str, str]:
-    """The legend: the families of operations that the genotype has."""
-    cells = genotype.cells.values() if genotype else ()
-    present = {family(operation) for nodes, _ in cells for node in nodes for operation, _ in node}
+def families(genotypes: Sequence[AnyGenotype | None]) -> dict[str, str]:
+    """The legend: the families of operations that the genotypes have."""
+    cells = [nodes for genotype in genotypes if genotype for nodes, _ in genotype.cells.values()]
+    present = {family(operation) for nodes in cells for node in nodes for operation, _ in node}
     return {key: name for key, name in FAMILIES.items() if key in present}
 
 
-def _genotype_text(genotype: AnyGenotype | None) -> str | None:
+def genotype_text(genotype: AnyGenotype | None) -> str | None:
     """DARTS' text, one node per line, or an arch string; JSON where a node has more edges than a text can say."""
     if genotype is None:
         return None
@@ -225,7 +225,7 @@ def _gate_groups(run: Run, removals: Sequence[Removal], which: str, strategy: st
     for cell in dict.fromkeys(edge.cell for edge in run.edges):
         nodes = dict.fromkeys(edge.target for edge in run.edges if edge.cell == cell)
         figures = [_node_figure(run, cell, node, which, frame, ends) for node in nodes]
-        groups.append((_name(cell), figures))
+        groups.append((display_name(cell), figures))
     return groups
 
 
@@ -238,7 +238,8 @@ def _node_figure(run: Run, cell: str, node: int, which: str, frame: Frame, ends:
         lines.append(Line(state_name(edge.source, run.inputs), f"s{edge.source % 6}", points, ended))
     name = f"Node {state_name(node, run.inputs)}"
     left = sum(edge not in ends for edge in edges)
-    title = f"{which.replace('_', ' ').capitalize()} of the edges into {name.lower()}, {_name(cell).lower()}, by epoch"
+    of_cell = f"{name.lower()}, {display_name(cell).lower()}"
+    title = f"{which.replace('_', ' ').capitalize()} of the edges into {of_cell}, by epoch"
     return Figure(name, line_chart(lines, frame, title), f"{left} of {len(edges)} edges left")
 
 

@@ -1,0 +1,66 @@
+"""`python -m dssp.compare`: search methods and seeds under one budget, and what they cost and give."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from dssp.command import run_command
+from dssp.comparison.page import write_page
+from dssp.comparison.plan import ComparePlan, PlannedRun, parse_compare
+from dssp.comparison.processes import Processes
+from dssp.comparison.progress import ComparisonBar
+from dssp.comparison.results import Comparison, read_comparison, write_results
+from dssp.comparison.table import print_table
+from dssp.run_folder import open_run_folder
+
+
+def run(plan: ComparePlan, console: Console) -> Comparison:
+    """The whole command: fills a folder with the runs and what they say together; status 1 if a run failed."""
+    folder = open_run_folder(plan, "compare", {})
+    for line in refusals(plan):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    runs = plan.runs(folder)
+    with ComparisonBar(console, runs) as bar:
+
+        def ended(one: PlannedRun) -> None:
+            comparison = write_comparison(folder)
+            bar.ended(next(result for result in comparison.results if result.name == one.name))
+
+        Processes(folder, plan.jobs).run(runs, look=bar.look, ended=ended)
+    comparison = write_comparison(folder)
+    print_table(console, comparison)
+    names = ("comparison.csv", "comparison.json", "comparison.html")
+    console.print("\n".join(str(folder / name) for name in names), highlight=False, soft_wrap=True)
+    if failed := [result.name for result in comparison.results if result.status == "failed"]:
+        sys.exit(f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}); --resume tries them again")
+    return comparison
+
+
+def write_comparison(folder: Path) -> Comparison:
+    """Everything that the runs in a folder say together so far, written to it."""
+    comparison = read_comparison(folder)
+    write_results(comparison)
+    write_page(comparison)
+    return comparison
+
+
+def refusals(plan: ComparePlan) -> list[str]:
+    """A line per method and flag that the method does not take."""
+    return [
+        f"--{name.replace('_', '-')} is not passed to {method}: {reason}"
+        for method, fields in plan.refused.items()
+        for name, reason in fields.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    run_command(run, parse_compare(argv))
+
+
+if __name__ == "__main__":
+    main()
