@@ -33,13 +33,15 @@ def on_signals(act: Callable[[str], None]) -> Iterator[None]:
     began: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if began and time.monotonic() - began[0] < ECHO_SECONDS:
+        now = time.monotonic()
+        if began and now - began[0] < ECHO_SECONDS:
             return
-        for each in () if launched_ranks() > 1 and not began else SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        if began or launched_ranks() == 1:
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
         if began:
             os.kill(os.getpid(), number)
-        began.append(time.monotonic())
+        began.append(now)
         act(signal.Signals(number).name)
 
     before = {each: signal.signal(each, handle) for each in SIGNALS}
