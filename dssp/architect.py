@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dssp.distributed import average_gradients
 from dssp.held_out import batch_statistics
 from dssp.hypergradient import unrolled_gradients
 from dssp.methods.base import Method, Noise
@@ -95,6 +96,11 @@ class Architect:
         return logits_of(lambda images: self.method.logits(images, noise), images, self.precision)
 
     def update(self, objective: Tensor) -> Tensor:
-        """A step along the gradients, unless they or the objective are not finite; whether it was taken."""
-        gradients = [p.grad for p in self.supernet.architecture_parameters() if p.grad is not None]
+        """A step along the gradients, of several ranks their mean, unless they or the objective are not finite.
+
+        Returns whether it was taken (bool scalar).
+        """
+        parameters = self.supernet.architecture_parameters()
+        objective = average_gradients(parameters, objective)
+        gradients = [p.grad for p in parameters if p.grad is not None]
         return step_if_finite(self.optimizer, objective, nn.utils.get_total_norm(gradients, foreach=True))

@@ -14,6 +14,7 @@ from dssp.benchmark import Benchmark
 from dssp.capture import CapturedStep
 from dssp.config import SearchConfig
 from dssp.data import DataSet, keyed_generator
+from dssp.distributed import check_same, checksum, ranks, share
 from dssp.early_stopping import EarlyStopping, dominant_eigenvalue
 from dssp.genotype import AnyGenotype
 from dssp.held_out import batch_statistics, held_out_logits, held_out_losses
@@ -87,8 +88,8 @@ class BilevelSearch:
     # ---- the engine's side -----------------------------------------------------------------------------------------
 
     def steps(self) -> int:
-        """Steps per epoch: both halves are passed through once."""
-        return max(1, min(len(self.data.train), len(self.data.valid)) // self.config.batch_size)
+        """Steps per epoch: both halves are passed through once, by all ranks together."""
+        return max(1, min(len(self.data.train), len(self.data.valid)) // (self.config.batch_size * ranks()))
 
     def batches(self, epoch: int, *, first: int = 0) -> Iterator[Step]:
         """What the steps of an epoch need, from step ``first`` on; the method makes itself ready for the epoch."""
@@ -98,7 +99,13 @@ class BilevelSearch:
         return self._batches(epoch, first)
 
     def _batches(self, epoch: int, first: int) -> Iterator[Step]:
-        order: dict[str, Any] = {"epoch": epoch, "seed": self.config.seed, "train": True, "first": first}
+        order: dict[str, Any] = {
+            "epoch": epoch,
+            "seed": self.config.seed,
+            "train": True,
+            "first": first,
+            "share": share(),
+        }
         chance = keyed_generator(self.config.seed, epoch, "noise")
         for _ in range(first):
             self.method.noise(chance, epoch)
@@ -139,9 +146,27 @@ class BilevelSearch:
             row["alpha_eigenvalue"] = self._alpha_eigenvalue()
             if self.early_stopping.update(epoch, row["alpha_eigenvalue"], self.method.derived()):
                 self.epochs = epoch + 1
+        self.check_same(f"search, end of epoch {epoch + 1}")
         if (tabulated := self.tabulated()) is not None:
             row["tabulated"] = tabulated
         return row
+
+    def check_same(self, when: str) -> None:
+        """Raises RanksApart if a rank has another architecture or other weights.
+
+        Running statistics are each rank's own; rank 0's are saved.
+        """
+        if ranks() == 1:
+            return
+        supernet = self.supernet
+        left = [flags(type) for type in supernet.cell_types for flags in (supernet.active, supernet.offered)]
+        values = {
+            "alpha and masks": checksum(supernet.architecture_parameters()),
+            "edges and candidates": checksum(left),
+            "weights": checksum(self.weights),
+            "genotype": self.derived().to_dict(),
+        }
+        check_same(values, when)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dssp.distributed import highest
+
 EAGER_STEPS = 2  # before a recording: momentum, library plans and compiled kernels must exist by then
 
 Scalars = dict[str, Tensor]
@@ -65,13 +67,14 @@ class CapturedStep:
 
     def _record(self, batch: tuple[Tensor, ...]) -> None:
         torch.cuda.empty_cache()  # a graph allocates from a pool of its own
-        static, graph = [tensor.clone() for tensor in batch], torch.cuda.CUDAGraph()
+        static, graph, recorded = [tensor.clone() for tensor in batch], torch.cuda.CUDAGraph(), False
         try:
             with torch.cuda.graph(graph):
                 scalars = self._step(*static)
+            recorded = True
         except RuntimeError as error:
-            self._enabled = False
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"CUDA graphs: this step cannot be recorded, so it runs uncaptured ({reason})", stacklevel=3)
-        else:
+        self._enabled = not highest(not recorded)  # ranks replay together or not at all
+        if self._enabled:
             self._graph, self._batch, self._scalars = graph, static, scalars

@@ -166,7 +166,7 @@ class _Config(_Fields):
     image_size: int | None = option(
         None, "side in pixels of the square that images become (imagefolder, fake; default 32)", "data", low=1
     )
-    batch_size: int = option(None, "images per step", "data", low=1)
+    batch_size: int = option(None, "images per step and rank", "data", low=1)
     space: Literal["darts", "nasbench201"] | None = option(None, "search space; default: that of the genotype", "model")
     channels: int = option(None, "channels of the first cells", "model", low=1)
     cells: int = option(None, "cells in the network; nasbench201: in each of its three stages", "model", low=1)
@@ -174,6 +174,9 @@ class _Config(_Fields):
     device: str = option("auto", "auto, cpu, cuda or cuda:N", "run")
     precision: Literal["float32", "bfloat16"] = option(
         "float32", "bfloat16 runs the networks under autocast; weights and sums stay float32", "run"
+    )
+    sync_batch_norm: bool = option(
+        False, "of several ranks, normalise over the batches of all (slower; norms leave the fused kernels)", "run"
     )
     run_dir: str | None = option(None, "run folder; default runs/<time>-<method>", "run")
     benchmark: str | None = option(
@@ -319,7 +322,7 @@ class SearchConfig(_Config):
     min_edges: int = option(1, "incoming edges that every node keeps", "pruning", low=1)
     max_edges_per_node: int = option(None, "incoming edges per node of the derived cell", "pruning", low=1)
     retrain_epochs: int = option(None, "passes over all training images; 0 = no retraining", "retraining", low=0)
-    retrain_batch_size: int = option(None, "images per step", "retraining", low=1)
+    retrain_batch_size: int = option(None, "images per step and rank", "retraining", low=1)
     retrain_channels: int = option(None, "channels of the first cells", "retraining", low=1)
     retrain_cells: int = option(None, "cells in the derived network", "retraining", low=1)
 

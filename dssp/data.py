@@ -112,14 +112,25 @@ class Split:
         return len(self.indices)
 
     def batches(
-        self, batch_size: int, *, epoch: int, seed: int, train: bool, first: int = 0
+        self,
+        batch_size: int,
+        *,
+        epoch: int,
+        seed: int,
+        train: bool,
+        first: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (images float32 [B, C, H, W] in channels_last, normalised; labels int64 [B]) on the device.
 
         train=True: shuffled and augmented, each a pure function of (seed, epoch) whatever the device; the last batch
         is dropped if it is not full, unless it is the only one. train=False: all images, in order, as they are.
         first: so many batches of a training epoch are left out, and not decoded either.
-        Raises DataUnavailable naming the file if an image file cannot be decoded.
+        share: (r, n) is part r of n of each training batch of n * batch_size images; together the n parts are what
+        one process would have of that batch, augmentation included. Parts are of one size, also where all images are
+        fewer than one batch: up to n - 1 are left out then.
+        Raises DataUnavailable naming the file if an image file cannot be decoded, ValueError if there are fewer images
+        than parts.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
@@ -129,17 +140,22 @@ class Split:
                 yield self._normalised(pixels), targets
             return
         generator = keyed_generator(seed, epoch, self.name)
-        used = len(self) - len(self) % batch_size or len(self)
+        part, parts = share
+        used = len(self) - len(self) % (batch_size * parts) or len(self) - len(self) % parts
+        if not used:
+            raise ValueError(f"share: {len(self)} images of {self.name} cannot be divided among {parts}")
+        mine = torch.arange(used).view(-1, parts, min(batch_size, used // parts))[:, part].flatten()
         order = self.indices[torch.randperm(len(self), generator=generator)[:used]]
         shifts = torch.randint(-self.padding, self.padding + 1, (used, 2), generator=generator)
         flips = (torch.rand(used, generator=generator) < 0.5) & self.flip
         centres = torch.randint(2**31, (used, 2), generator=generator)  # modulo the size, which only the images know
-        if first * batch_size >= used:
+        if first * batch_size >= len(mine):
             return
-        order, shifts, flips, centres = (part[first * batch_size :] for part in (order, shifts, flips, centres))
+        mine = mine[first * batch_size :]
+        order, shifts, flips, centres = (drawn[mine] for drawn in (order, shifts, flips, centres))
         device = self.labels.device  # the plan of an epoch goes there in one piece
         plan = (self.labels[order.to(device)], shifts.to(device), flips.to(device), centres.to(device))
-        planned = zip(*(part.split(batch_size) for part in plan), strict=True)
+        planned = zip(*(each.split(batch_size) for each in plan), strict=True)
         for pixels, (targets, shift, flip, centre) in zip(self.store.fetch(order, batch_size), planned, strict=True):
             images = self._normalised(_shifted(pixels, shift, flip))
             yield _cut_out(images, centre, self.cutout) if self.cutout else images, targets

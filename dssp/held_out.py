@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dssp.distributed import divided
 from dssp.supernet import Supernet
 
 BATCH = 256  # images per forward pass; their statistics are what BatchNorm uses
@@ -40,9 +41,12 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def held_out_logits(model: nn.Module, logits: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """logits(images), a function of `model`, under batch statistics: the model is left as it was."""
+    """logits(images), a function of `model`, under batch statistics: the model is left as it was.
+
+    Several ranks divide the batches among them, and all get the same bits: those that one process has.
+    """
     with batch_statistics(model):
-        return torch.cat([logits(part) for part in images.tensor_split(-(-len(images) // BATCH))])
+        return torch.cat(divided(logits, images.tensor_split(-(-len(images) // BATCH))))
 
 
 def held_out_losses(model: nn.Module, logits: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
@@ -62,9 +66,7 @@ def edge_effects(supernet: Supernet, edges: Sequence[str], losses: Measure) -> l
     return effects
 
 
-def candidate_effects(
-    supernet: Supernet, candidates: Sequence[tuple[str, str]], losses: Callable[[], Tensor]
-) -> list[Tensor]:
+def candidate_effects(supernet: Supernet, candidates: Sequence[tuple[str, str]], losses: Measure) -> list[Tensor]:
     """What masking each candidate (edge, operation) alone adds to each held-out loss, the softmax renormalised."""
     full, effects = losses(), []
     for edge, operation in candidates:

@@ -75,17 +75,19 @@ class DropPath:
         y[b] = x[b] * z[b] / (1 - p)          z[b] = 1 with probability 1 - p, else 0
 
     `probability` is p in [0, 1); `generator` what z is drawn from, on the device of the network (None: torch's own).
+    `share` (r, n): the images are part r of n of a batch, and get what they would get in the whole of it.
     """
 
     def __init__(self) -> None:
         self.probability = 0.0
+        self.share = (0, 1)
         self.generator: torch.Generator | None = None
 
     def scales(self, operations: int, like: Tensor) -> Tensor:
         """z / (1 - p) for so many operations on a batch as large as that of `like`: [operations, B, 1, 1, 1]."""
-        keep = 1.0 - self.probability
-        shape = (operations, like.shape[0], 1, 1, 1)
-        return like.new_empty(shape).bernoulli_(keep, generator=self.generator).div_(keep)
+        keep, (part, parts), images = 1.0 - self.probability, self.share, like.shape[0]
+        drawn = like.new_empty((operations, parts * images, 1, 1, 1)).bernoulli_(keep, generator=self.generator)
+        return drawn[:, part * images : (part + 1) * images].div_(keep)
 
 
 class DerivedEdges(Edges):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dssp.distributed import average_gradients
 from dssp.skipped_steps import reported, step_if_finite
 
 
@@ -43,11 +44,13 @@ def logits_of(model: Callable[[Tensor], Tensor], images: Tensor, precision: str)
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, *, grad_clip: float) -> Tensor:
     """One step down the gradient of the loss, that clipped to a norm of `grad_clip`; 0 clips nothing.
 
-    Where loss or gradient are not finite, nothing changes. Returns whether the step was taken (bool scalar).
+    Of several ranks, down the mean gradient of their losses. Where loss or gradient are not finite, nothing changes.
+    Returns whether the step was taken (bool scalar).
     """
     optimizer.zero_grad()
     loss.backward()
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    loss = average_gradients(weights, loss)
     norm = nn.utils.clip_grad_norm_(weights, grad_clip or math.inf, foreach=True)
     return step_if_finite(optimizer, loss, norm)
 

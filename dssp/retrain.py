@@ -16,6 +16,7 @@ from dssp.command import GenotypeUnavailable, choose_device, run_command
 from dssp.config import ConfigError, RetrainConfig, parse_retrain
 from dssp.cost import count_flops, count_parameters
 from dssp.data import DataSet, load_data
+from dssp.distributed import check_same, in_turn, is_main, on_main, ranks, wait_for_all
 from dssp.engine import Callback, Engine
 from dssp.files import write_json
 from dssp.fingerprint import fingerprint
@@ -24,10 +25,11 @@ from dssp.memory import memory_named
 from dssp.network import DerivedNetwork
 from dssp.optimization import evaluate
 from dssp.retraining import Retraining
-from dssp.run_folder import finished_summary, open_run_folder
+from dssp.run_folder import after_restart, finished_summary, open_run_folder
 from dssp.spaces import CellSpace, get_space
 from dssp.spaces.auxiliary import AuxiliaryHead
 from dssp.summary import tabulated_line
+from dssp.sync_batch_norm import synchronise_norms
 from dssp.trained import NAME, TrainedNetwork, save_trained
 
 
@@ -67,6 +69,8 @@ def retrain(
         auxiliary=config.auxiliary_weight > 0,
     )
     _check_fits(config, network, data)
+    if config.sync_batch_norm and ranks() > 1:
+        synchronise_norms(network)
     network = network.to(device).to(memory_format=torch.channels_last)
     extra = 0 if network.auxiliary_head is None else count_parameters(network.auxiliary_head)
     cost = {"parameters": count_parameters(network) - extra, "flops": count_flops(network, data.image_shape)}
@@ -76,17 +80,26 @@ def retrain(
     callbacks: list[Callback] = [
         Interruption(),
         Checkpointing(folder / "checkpoints", resume=config.resume, every=config.checkpoint_every),
-        MetricsLog(folder / "retrain.jsonl"),
-        TensorBoard(folder / "tensorboard"),
-        ProgressBar(console),
     ]
+    if is_main():
+        callbacks += [
+            MetricsLog(folder / "retrain.jsonl"),
+            TensorBoard(folder / "tensorboard"),
+            ProgressBar(console),
+        ]
     engine = Engine(task, callbacks, max_skipped_steps=config.max_skipped_steps)
     engine.fit()
-    test = data.test.batches(config.batch_size, epoch=0, seed=config.seed, train=False)
-    _, accuracy = evaluate(task.trained, test)
     built = (space.name, genotype, config.channels, config.cells, data.classes, data.image_shape)
-    save_trained(folder / NAME, TrainedNetwork(task.trained, *built, data.test.mean, data.test.std))
+    trained = TrainedNetwork(task.trained, *built, data.test.mean, data.test.std)
+    accuracy = on_main(lambda: _tested_and_saved(trained, data, config, folder))  # with rank 0's running statistics
     return Retrained(test_accuracy=accuracy, seconds=engine.seconds, **cost)
+
+
+def _tested_and_saved(trained: TrainedNetwork, data: DataSet, config: RetrainConfig, folder: Path) -> float:
+    test = data.test.batches(config.batch_size, epoch=0, seed=config.seed, train=False)
+    _, accuracy = evaluate(trained.network, test)
+    save_trained(folder / NAME, trained)
+    return accuracy
 
 
 def _check_fits(config: RetrainConfig, network: DerivedNetwork, data: DataSet) -> None:
@@ -131,6 +144,8 @@ def read_genotype(path: str) -> tuple[CellSpace, AnyGenotype]:
 
 def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
     """The whole command: a run folder with retrain.jsonl, checkpoints and summary.json; returns the summary."""
+    config = after_restart(config)
+    check_same({**config.to_dict(), "run_dir": None}, "start")
     space, genotype = read_genotype(config.genotype)
     if config.space not in (None, space.name):
         raise ConfigError("space", f"the genotype is of space {space.name}, got {config.space}")
@@ -138,16 +153,19 @@ def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
     benchmark = open_benchmark(config.benchmark, space)
     tabulated = None if benchmark is None else benchmark.tabulated(genotype)
     device = choose_device(config.device, config.threads)
-    data = load_data(
-        config.dataset,
-        data_path=config.data_path,
-        image_size=config.image_size,
-        seed=config.seed,
-        device=device,
-        workers=config.workers,
-    )
-    folder = open_run_folder(config, "retrain", {"data": fingerprint(data)})
-    if (finished := finished_summary(folder)) is not None:
+    with in_turn():
+        data = load_data(
+            config.dataset,
+            data_path=config.data_path,
+            image_size=config.image_size,
+            seed=config.seed,
+            device=device,
+            workers=config.workers,
+        )
+    details = {"data": fingerprint(data)}
+    check_same({**details, "genotype": genotype.to_dict()}, "start")
+    folder = open_run_folder(config, "retrain", details)
+    if (finished := on_main(lambda: finished_summary(folder))) is not None:
         console.print(f"{folder} is finished, nothing is left to do", highlight=False, soft_wrap=True)
         _print_summary(console, finished, folder)
         return finished
@@ -161,8 +179,10 @@ def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
         "flops": result.flops,
         "tabulated": tabulated,
     }
-    write_json(folder / "summary.json", summary)
-    _print_summary(console, summary, folder)
+    if is_main():
+        write_json(folder / "summary.json", summary)
+        _print_summary(console, summary, folder)
+    wait_for_all()
     return summary
 
 
@@ -177,7 +197,7 @@ def _print_summary(console: Console, summary: dict[str, Any], folder: Path) -> N
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    run_command(run, parse_retrain(argv))
+    run_command(run, parse_retrain(argv), many_ranks=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dssp.averaging import MovingAverage
 from dssp.config import RetrainConfig
 from dssp.data import Split, keyed_generator
+from dssp.distributed import check_same, checksum, ranks, share
 from dssp.network import DerivedNetwork
 from dssp.optimization import accuracy, autocast, cosine, descend, set_learning_rate, sgd
 from dssp.skipped_steps import GuardedStep, reported
@@ -43,18 +44,20 @@ class Retraining:
 
     def steps(self) -> int:
         """Steps per epoch."""
-        return max(1, len(self.train) // self.config.batch_size)
+        return max(1, len(self.train) // (self.config.batch_size * ranks()))
 
     def batches(self, epoch: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """All training images in the epoch's order, from step ``first`` on."""
         config = self.config
         set_learning_rate(self.optimizer, cosine(epoch, self.epochs, start=config.lr, end=0.0))
+        self.network.drop_path.share = share()
         self.network.drop_path.probability = config.drop_path * epoch / self.epochs
         return self._batches(epoch, first)
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         seed, device = self.config.seed, self.train.labels.device
-        batches = self.train.batches(self.config.batch_size, epoch=epoch, seed=seed, train=True, first=first)
+        order: dict[str, Any] = {"epoch": epoch, "seed": seed, "train": True, "first": first, "share": share()}
+        batches = self.train.batches(self.config.batch_size, **order)
         for step, batch in enumerate(batches, start=first):
             self.network.drop_path.generator = keyed_generator(seed, epoch, step, "drop path", device=device)
             yield batch
@@ -80,8 +83,14 @@ class Retraining:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
-        """The learning rate the epoch had."""
+        """The learning rate the epoch had. Raises RanksApart if a rank has other weights."""
+        self.check_same(f"retraining, end of epoch {epoch + 1}")
         return {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def check_same(self, when: str) -> None:
+        """Raises RanksApart if a rank has other weights. Running statistics are each rank's own; rank 0's are saved."""
+        if ranks() > 1:
+            check_same({"weights": checksum(self.network.parameters())}, when)
 
     def state_dict(self) -> dict[str, Any]:
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}

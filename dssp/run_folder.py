@@ -12,21 +12,27 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from dssp.config import RetrainConfig, SearchConfig
+from dssp.config import ConfigError, RetrainConfig, SearchConfig
+from dssp.distributed import is_under_torchrun, on_main, ranks, restarts
 from dssp.files import write_atomically, write_json
 
+Config = TypeVar("Config", SearchConfig, RetrainConfig)
+
 RUNS = Path("runs")
+GLOBAL_BATCH = ("batch_size", "retrain_batch_size")  # per rank: times the number of ranks it must stay the same
 NOT_COMPARED = (
     "resume",
     "run_dir",
     "device",
     "threads",
     "workers",
+    *GLOBAL_BATCH,
     "checkpoint_every",
     "max_skipped_steps",
     "jobs",
@@ -52,12 +58,31 @@ class Resumable(Protocol):
 def open_run_folder(config: Resumable, kind: str, details: dict[str, Any]) -> Path:
     """The folder of this run with its config.json: a new one, or with ``resume`` the one to continue.
 
-    The folder is this process's until it ends. ``details`` go into config.json too; "data" among them must be the same
+    The folder is this process's until it ends; of several ranks, rank 0's, and the others are told its name. Under
+    torchrun, ``resume`` of a folder that holds no run yet begins one: the same command serves for every start.
+    ``details`` go into config.json too; "data" among them must be the same
     when the run is continued. Raises RunFolderError when there is nothing to resume, the folder holds another run or is
     in use by another process, or it cannot be written.
     """
+    return on_main(lambda: _open(config, kind, {"ranks": ranks(), **details}))
+
+
+def after_restart(config: Config) -> Config:
+    """The configuration, which continues its run where torchrun has started it anew (`--max-restarts`).
+
+    Raises ConfigError if torchrun may do that and the run folder has no name, as nobody could find it then.
+    """
+    if restarts("MAX") and config.run_dir is None:
+        raise ConfigError(
+            "run_dir", "expected a folder, or torchrun --max-restarts could not continue the run, got none"
+        )
+    return replace(config, resume=True) if restarts("COUNT") else config
+
+
+def _open(config: Resumable, kind: str, details: dict[str, Any]) -> Path:
     folder = Path(config.run_dir) if config.run_dir else None
-    if config.resume:
+    begins = is_under_torchrun() and folder is not None and not (folder / "config.json").exists()
+    if config.resume and not begins:
         folder = folder or _newest_like(config, kind)
         _check_same_run(config, folder, details)
         _lock(folder)
@@ -123,8 +148,14 @@ def _newest_like(config: Resumable, kind: str) -> Path:
 
 
 def _differences(config: Resumable, path: Path) -> list[str]:
-    stored = json.loads(path.read_text()).get("config", {})
-    return [
+    content = json.loads(path.read_text())
+    stored, ranks_then = content.get("config", {}), content.get("ranks", 1)
+    batches = [
+        f"global {name} (then {ranks_then} * {stored.get(name)}, now {ranks()} * {value})"
+        for name, value in config.to_dict().items()
+        if name in GLOBAL_BATCH and ranks_then * (stored.get(name) or 0) != ranks() * value
+    ]
+    return batches + [
         f"{name} (then {stored.get(name)!r}, now {value!r})"
         for name, value in config.to_dict().items()
         if name not in NOT_COMPARED and stored.get(name) != value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dssp.callbacks import Checkpointing, Interruption, MetricsLog, ProgressBar,
 from dssp.command import choose_device, run_command
 from dssp.config import RetrainConfig, SearchConfig, parse_search
 from dssp.data import DataSet, load_data
+from dssp.distributed import check_same, checksum, in_turn, is_main, on_main, ranks
 from dssp.engine import Callback, Engine
 from dssp.files import write_json
 from dssp.fingerprint import fingerprint
@@ -22,11 +24,12 @@ from dssp.genotype import load_genotype, save_genotype
 from dssp.memory import memory_named
 from dssp.methods import METHODS
 from dssp.report import write_report
-from dssp.retrain import retrain
-from dssp.run_folder import finished_summary, open_run_folder
+from dssp.retrain import Retrained, retrain
+from dssp.run_folder import after_restart, finished_summary, open_run_folder
 from dssp.spaces import CellSpace, get_space
 from dssp.summary import print_summary, step_seconds
 from dssp.supernet import Supernet
+from dssp.sync_batch_norm import synchronise_norms
 
 
 def search_space(config: SearchConfig) -> CellSpace:
@@ -51,13 +54,15 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
         weighs_edges=method.weighs_edges,
         edges=method.edges,
     )
+    if config.sync_batch_norm and ranks() > 1:
+        synchronise_norms(supernet)
     return supernet.to(device).to(memory_format=torch.channels_last)
 
 
 def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
     """The retraining that a search ends with."""
     shared = (
-        *("dataset", "data_path", "image_size", "space", "seed", "device", "precision"),
+        *("dataset", "data_path", "image_size", "space", "seed", "device", "precision", "sync_batch_norm"),
         *("run_dir", "resume", "checkpoint_every", "max_skipped_steps", "threads", "workers"),
     )
     sizes = ("epochs", "batch_size", "channels", "cells")
@@ -70,40 +75,50 @@ def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
 
 def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     """The whole command: fills a run folder and returns the summary that ends up in it."""
+    config = after_restart(config)
+    check_same({**config.to_dict(), "run_dir": None}, "start")
     device = choose_device(config.device, config.threads)
     benchmark = open_benchmark(config.benchmark, get_space(config.space))
-    data = load_data(
-        config.dataset,
-        data_path=config.data_path,
-        image_size=config.image_size,
-        seed=config.seed,
-        device=device,
-        workers=config.workers,
-    )
+    with in_turn():
+        data = load_data(
+            config.dataset,
+            data_path=config.data_path,
+            image_size=config.image_size,
+            seed=config.seed,
+            device=device,
+            workers=config.workers,
+        )
     searched = data if config.train_images is None else data.limited(config.train_images, seed=config.seed)
     supernet = build_supernet(config, data, device)
     edges = {type: [f"{source}->{node}" for source, node in supernet.space.edges] for type in supernet.cell_types}
     details = {"edges": edges, "operations": list(supernet.space.operations)}
-    folder = open_run_folder(config, config.method, {**details, "data": fingerprint(data)})
-    if (finished := finished_summary(folder)) is not None:
-        console.print(f"{folder} is finished, nothing is left to do", highlight=False, soft_wrap=True)
-        print_summary(console, finished, load_genotype(folder / "genotype.json"), folder, write_report(folder))
+    details["data"] = fingerprint(data)
+    check_same({"data set": details["data"], "initial weights": checksum(supernet.parameters())}, "start")
+    folder = open_run_folder(config, config.method, details)
+    if (finished := on_main(lambda: finished_summary(folder))) is not None:
+        if is_main():
+            console.print(f"{folder} is finished, nothing is left to do", highlight=False, soft_wrap=True)
+            print_summary(console, finished, load_genotype(folder / "genotype.json"), folder, write_report(folder))
         return finished
     search = BilevelSearch(config, supernet, searched, benchmark)
     metrics = MetricsLog(folder / "metrics.jsonl")
     callbacks: list[Callback] = [
         Interruption(),
         Checkpointing(folder / "checkpoints", resume=config.resume, every=config.checkpoint_every),
-        metrics,
-        TensorBoard(folder / "tensorboard", edges),
-        ProgressBar(console, active_edges=len(supernet.live_edges())),
     ]
+    if is_main():
+        callbacks += [
+            metrics,
+            TensorBoard(folder / "tensorboard", edges),
+            ProgressBar(console, active_edges=len(supernet.live_edges())),
+        ]
     engine = Engine(search, callbacks, max_skipped_steps=config.max_skipped_steps)
     with memory_named("search", config.batch_size):
         engine.fit()
 
     genotype = search.derived()
-    save_genotype(folder / "genotype.json", genotype, space=config.space, method=config.method, seed=config.seed)
+    if is_main():
+        save_genotype(folder / "genotype.json", genotype, space=config.space, method=config.method, seed=config.seed)
     with memory_named("retraining", config.retrain_batch_size, "--retrain-"):
         result = retrain(
             supernet.space,
@@ -114,6 +129,13 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
             device=device,
             console=console,
         )
+    return on_main(lambda: _finish(folder, console, search, engine, metrics, result))
+
+
+def _finish(
+    folder: Path, console: Console, search: BilevelSearch, engine: Engine, metrics: MetricsLog, result: Retrained
+) -> dict[str, Any]:
+    genotype = search.derived()
     summary = {
         "genotype": genotype.to_dict(),
         "search_seconds": engine.seconds,
@@ -132,7 +154,7 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    run_command(run, parse_search(argv).resolve())
+    run_command(run, parse_search(argv).resolve(), many_ranks=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dssp.distributed import average
+
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
 
 
@@ -79,7 +81,8 @@ def reported(good: Tensor, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class GuardedStep:
     """step(*batch) -> scalars, after which BatchNorm's running statistics are as before if a scalar is not finite.
 
-    A forward pass that overflows has moved them before anybody can know, and a NaN in them would stay for good.
+    A forward pass that overflows has moved them before anybody can know, and a NaN in them would stay for good. Of
+    several ranks, the scalars are the means, so one that is not finite is seen by all.
     """
 
     def __init__(self, step: Callable[..., dict[str, Tensor]], model: nn.Module) -> None:
@@ -88,7 +91,7 @@ class GuardedStep:
     def __call__(self, *batch: Any) -> dict[str, Tensor]:
         statistics = _running_statistics(self._model)
         before = torch.cat(statistics) if statistics else None
-        scalars = self._step(*batch)
+        scalars = average(self._step(*batch))
         good = torch.stack(list(scalars.values())).isfinite().all()
         if before is not None and (good.is_cuda or not good):
             kept = torch.where(good, torch.cat(statistics), before)

@@ -15,6 +15,7 @@ FORBIDDEN = {
     "dssp.config": ["dssp"],
     "dssp.genotype": ["dssp.engine", "dssp.supernet", "dssp.search", "dssp_kernels", "torch"],
     "dssp.files": ["dssp", "torch"],
+    "dssp.distributed": ["dssp"],
     "dssp.report": ["dssp.engine", "dssp.supernet", "dssp.bilevel", "dssp.search", "torch", "dssp_kernels"],
     "dssp.spaces": ["dssp.supernet", "dssp.network", "dssp.engine", "dssp.bilevel", "dssp.search", "dssp.callbacks"],
     "dssp.supernet": ["dssp.engine", "dssp.bilevel", "dssp.pruning", "dssp.architect", "dssp.search", "dssp.callbacks"],

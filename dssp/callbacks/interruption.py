@@ -6,15 +6,19 @@ import os
 from contextlib import ExitStack, suppress
 from typing import Any
 
+from dssp.distributed import highest
 from dssp.engine import Callback, Engine
-from dssp.interruption import on_signals
+from dssp.interruption import SIGNALS, on_signals
 from dssp.metrics import RunningMeans
 
 STDERR = 2
 
 
 class Interruption(Callback):
-    """Turns SIGTERM, SIGINT and SIGUSR1 into the engine's ``stop_reason``; stands before the callback that saves."""
+    """Turns SIGTERM, SIGINT and SIGUSR1 into the engine's ``stop_reason``; stands before the callback that saves.
+
+    Of several ranks, all stop after the same step, whichever was asked.
+    """
 
     def fit_start(self, engine: Engine) -> None:
         self.asked: str | None = None  # a signal comes at any moment, the engine hears of it between two steps
@@ -22,10 +26,14 @@ class Interruption(Callback):
         self.stack.enter_context(on_signals(self._ask))
 
     def step_end(self, engine: Engine, epoch: int, step: int, means: RunningMeans) -> None:
-        engine.stop_reason = self.asked
+        engine.stop_reason = self._agreed()
 
     def epoch_end(self, engine: Engine, row: dict[str, Any]) -> None:
-        engine.stop_reason = self.asked
+        engine.stop_reason = self._agreed()
+
+    def _agreed(self) -> str | None:
+        names = [None, *(each.name for each in SIGNALS)]
+        return names[highest(names.index(self.asked))]
 
     def fit_end(self, engine: Engine) -> None:
         self.stack.close()
