@@ -79,11 +79,15 @@ def run_command(run: Callable[[Config, Console], Any], config: Config, *, many_r
     ``many_ranks``: torchrun may start it on several processes, which then work on one run; rank 0 has the screen.
     """
     try:
-        with on_signals(_interrupt), _quiet_writers(), memory_named("start", getattr(config, "batch_size", None)):
-            if not many_ranks and launched_ranks() > 1:
-                raise OneProcessOnly(f"this command runs in one process, got {launched_ranks()}: start it with python")
-            with joined(getattr(config, "device", "cpu")):
-                run(config, Console(quiet=not is_main()))
+        if not many_ranks and launched_ranks() > 1:
+            raise OneProcessOnly(f"this command runs in one process, got {launched_ranks()}: start it with python")
+        with (
+            joined(getattr(config, "device", "cpu")),  # before the signals: who waits for the others may be ended
+            on_signals(_interrupt),
+            _quiet_writers(),
+            memory_named("start", getattr(config, "batch_size", None)),
+        ):
+            run(config, Console(quiet=not is_main()))
     except FAILURES as error:
         _fail(str(error))
     except RanksApart as error:

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 SECONDS = 600.0  # a collective that takes longer has failed; a rank that dies is noticed at once
+POLL_SECONDS = 0.05
 BUCKET = 2**24  # elements that one collective averages: what it needs beside the gradients is 64 MiB in float32
 
 T = TypeVar("T")
@@ -97,9 +101,41 @@ def joined(device: str) -> Iterator[None]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     seconds = float(os.environ.get("DSSP_TIMEOUT", SECONDS))
     with _or_apart("the ranks did not come together"):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds))
+        store, me, count = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore(_name_of_this_start(store, me, count, seconds), store),
+            rank=me,
+            world_size=count,
+            timeout=timedelta(seconds=seconds),
+        )
     yield  # who fails leaves without a word to the group: a farewell would wait for the others
     dist.destroy_process_group()
+
+
+def _name_of_this_start(store: dist.Store, me: int, count: int, seconds: float) -> str:
+    """A name that rank 0 makes up and all ranks know.
+
+    torchrun's store outlives a restart, and in it are the addresses of ranks that are dead; so nobody believes rank 0
+    before it has answered to something that was never said before.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + seconds
+    name = mine if me == 0 else ""
+    if me > 0:
+        store.set(f"hello/{me}", mine)
+    while not name or (me == 0 and store.add(f"{name}/came", 0) < count - 1):
+        if time.monotonic() > end:
+            raise RuntimeError(f"{count} were started, after {seconds:g} seconds some are missing")
+        for r in range(1, count) if me == 0 else ():
+            if store.check([f"hello/{r}"]):
+                store.set(f"answer/{r}", f"{store.get(f'hello/{r}').decode()} {name}")
+        if me > 0 and store.check([f"answer/{me}"]):
+            said, name_of_0 = store.get(f"answer/{me}").decode().split()
+            name = name_of_0 if said == mine else ""
+        time.sleep(POLL_SECONDS)
+    if me > 0:
+        store.add(f"{name}/came", 1)
+    return name
 
 
 @contextmanager
@@ -108,7 +144,9 @@ def _or_apart(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RanksApart(f"{what}: {str(error).strip().splitlines()[0]}") from error
+        line = str(error).strip().splitlines()[0].split(". ")[0]  # gloo goes on with advice to programmers
+        reason = re.sub(r"\[/\S*\] ", "", line)  # and begins with a place in its source
+        raise RanksApart(f"{what} ({reason})") from error
 
 
 def _sum(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from dssp.config import ConfigError, RetrainConfig, SearchConfig
-from dssp.distributed import is_under_torchrun, on_main, ranks, restarts
+from dssp.distributed import highest, is_under_torchrun, on_main, ranks, restarts
 from dssp.files import write_atomically, write_json
 
 Config = TypeVar("Config", SearchConfig, RetrainConfig)
@@ -70,13 +70,15 @@ def open_run_folder(config: Resumable, kind: str, details: dict[str, Any]) -> Pa
 def after_restart(config: Config) -> Config:
     """The configuration, which continues its run where torchrun has started it anew (`--max-restarts`).
 
+    A machine that takes another one's place knows of no restart: for that, --resume has to be there from the start.
+
     Raises ConfigError if torchrun may do that and the run folder has no name, as nobody could find it then.
     """
     if restarts("MAX") and config.run_dir is None:
         raise ConfigError(
             "run_dir", "expected a folder, or torchrun --max-restarts could not continue the run, got none"
         )
-    return replace(config, resume=True) if restarts("COUNT") else config
+    return replace(config, resume=True) if highest(restarts("COUNT")) else config
 
 
 def _open(config: Resumable, kind: str, details: dict[str, Any]) -> Path:

@@ -1,0 +1,124 @@
+"""torchrun: a rank that dies is started again and the search ends without a hand; two agents are two machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dssp.run_folder import keep_rows
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo"),
+]
+ROOT = Path(__file__).parents[2]
+SHAPE = ["--dataset=fake", "--image-size=8", "--channels=2", "--cells=3", "--nodes=1", "--threads=1", "--device=cpu"]
+RETRAINING = ["--retrain-epochs=1", "--retrain-batch-size=200", "--retrain-channels=2", "--retrain-cells=3"]
+FLAGS = [*SHAPE, *RETRAINING, "--batch-size=50", "--epochs=3", "--warmup-epochs=1", "--checkpoint-every=1"]
+
+
+def torchrun(folder: Path, *options: str, flags: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "dssp.search", *FLAGS, *flags]
+    return subprocess.Popen(
+        [*command, "--run-dir", str(folder / "run")],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "DSSP_TIMEOUT": "60"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_until(happened: Callable[[], Any]) -> None:
+    end = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def workers(agent: subprocess.Popen[str]) -> dict[int, int]:
+    """The process ids of an agent's ranks."""
+    found = {}
+    for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())
+        if rank:
+            found[int(rank[1])] = int(child)
+    return found
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = [row for log in ("metrics", "retrain") for row in keep_rows(folder / "run" / f"{log}.jsonl", 9)]
+    return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in found]
+
+
+def has_rows(folder: Path, count: int) -> bool:
+    log = folder / "run" / "metrics.jsonl"
+    return log.exists() and len(log.read_text().splitlines()) >= count
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on two ranks that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    agent = torchrun(folder, "--nproc-per-node=2", "--standalone")
+    said, _ = agent.communicate(timeout=170)
+    assert agent.returncode == 0, said
+    assert said.count("Report:") == 1 and len(rows(folder)) == 4
+    return folder
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_rank_that_dies_is_started_again_and_the_search_ends_the_same(whole: Path, tmp_path: Path, victim: int) -> None:
+    agent = torchrun(tmp_path, "--nproc-per-node=2", "--standalone", "--max-restarts=2", flags=("--resume",))
+    wait_until(lambda: has_rows(tmp_path, 1))
+    os.kill(workers(agent)[victim], signal.SIGKILL)
+    said, _ = agent.communicate(timeout=170)
+    assert agent.returncode == 0, said
+    assert f"exitcode: -{signal.SIGKILL.value}" in said or "Signal 9" in said
+    assert rows(tmp_path) == rows(whole)
+    for name in ("genotype.json",):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
+
+
+def test_torchrun_that_is_asked_to_stop_leaves_a_run_that_continues(whole: Path, tmp_path: Path) -> None:
+    agent = torchrun(tmp_path, "--nproc-per-node=2", "--standalone")
+    wait_until(lambda: has_rows(tmp_path, 1))
+    agent.send_signal(signal.SIGTERM)
+    said, _ = agent.communicate(timeout=60)
+    assert all(f"rank {rank}: stopped by SIGTERM" in said for rank in range(2)), said
+    agent = torchrun(tmp_path, "--nproc-per-node=2", "--standalone", flags=("--resume",))
+    said, _ = agent.communicate(timeout=170)
+    assert agent.returncode == 0 and rows(tmp_path) == rows(whole), said
+
+
+def test_two_machines_search_as_one_with_two_ranks_does(whole: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    agents = [torchrun(tmp_path, *meeting, "--rdzv-id=1", "--local-addr=127.0.0.1") for _ in range(2)]
+    for agent in agents:
+        said, _ = agent.communicate(timeout=170)
+        assert agent.returncode == 0, said
+    assert rows(tmp_path) == rows(whole)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["ranks"] == 2
+
+
+def test_run_that_torchrun_may_restart_needs_a_name(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", "-m", "dssp.search"]
+    done = subprocess.run(
+        [*command, *FLAGS], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "--run-dir: expected a folder, or torchrun --max-restarts" in done.stderr
