@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,7 +68,13 @@ class Processes:
         waiting = [run for run in runs if not self._is_done(run)]
         shared = self.jobs > 1 and len(waiting) > 1
         by_name = {run.name: run for run in runs}
-        with on_signals(asked.append):
+
+        def ask(name: str) -> None:
+            asked.append(name)
+            with suppress(OSError):  # not print(): the signal may have come in the middle of another one
+                os.write(2, f"{name}: the searches save and end; once more leaves them to it\n".encode())
+
+        with on_signals(ask):
             try:
                 while self._children or (waiting and not asked):
                     while waiting and not asked and len(self._children) < self.jobs:

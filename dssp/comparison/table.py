@@ -89,7 +89,8 @@ def print_table(console: Console, comparison: Comparison) -> None:
         table.add_column(heading, justify="right" if i else "left", overflow="fold")
     for row in rows(comparison, wide=False):
         table.add_row(*row)
-    console.print(table, highlight=False, width=None if console.is_terminal else 200)  # a file has no margin
+    wide = console if console.is_terminal else Console(file=console.file, width=200)  # a file has no margin
+    wide.print(table, highlight=False)
     for result in comparison.results:
         if result.error is not None:
             console.print(f"{result.name} failed: {result.error}", highlight=False, markup=False, soft_wrap=True)
