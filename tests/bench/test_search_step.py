@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from bench.step_subjects import (
 )
 from bench.step_turns import take_turns
 from dssp.data import DataSet
+from dssp.relaxation import Mixture
 from dssp.spaces import DARTS
 from dssp.supernet import Supernet
 
@@ -48,8 +50,8 @@ SPEEDUP = re.compile(rf"{TIMES}\d")
 
 
 class OnePercentOff(Supernet):
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) * 1.01
+    def forward(self, images: Tensor, mixtures: Mapping[str, Mixture] | None = None) -> Tensor:
+        return super().forward(images, mixtures) * 1.01
 
 
 def one_node(supernet: type[Supernet] = Supernet) -> Subject:
