@@ -33,7 +33,7 @@ pytestmark = [
 
 def search_of_share(synchronised: bool = True, **settings: Any) -> BilevelSearch:
     """This rank's share of a search whose global batch is BATCH."""
-    task = small_search(batch_size=BATCH // ranks(), nodes=2, grad_clip=0.0, **settings)
+    task = small_search(batch_size=BATCH // ranks(), grad_clip=0.0, **settings)
     if ranks() > 1 and synchronised:
         synchronise_norms(task.supernet)
     return task
@@ -48,8 +48,9 @@ def gradients(task: BilevelSearch, epoch: int) -> dict[str, Tensor | None]:
 def pruning_search(synchronised: bool = True) -> dict[str, Any]:
     """A whole search: warm-up, removal of edges and candidates, hard paths, the choice among them."""
     task = search_of_share(
-        synchronised,
+        synchronised=synchronised,
         method="dssp",
+        nodes=1,  # every norm is a round trip, forward and backward
         epochs=3,
         warmup_epochs=1,
         path_epochs=1,
