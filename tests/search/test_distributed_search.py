@@ -255,6 +255,17 @@ def test_run_continues_on_other_ranks_with_the_same_global_batch_and_no_other(st
     assert len(rows(stopped)) == 4
 
 
+def test_ranks_with_other_flags_are_refused(tmp_path: Path) -> None:
+    def seed_of_its_own(folder: Path, flags: list[str]) -> None:
+        command(folder, [*flags, f"--seed={os.environ['RANK']}"])
+
+    assert exit_codes(start_ranks(RANKS, seed_of_its_own, tmp_path / "run", batches(100, 200))) == [1] * RANKS
+    for r in range(RANKS):
+        said = (tmp_path / f"run.{r}.txt").read_text()
+        assert f"rank {r}: start: seed of rank 1 differ from those of rank 0" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_rank_that_dies_ends_the_others_with_a_line(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     processes = start(folder, *batches(100, 200))
