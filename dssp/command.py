@@ -64,12 +64,15 @@ def choose_device(name: str, threads: int | None) -> torch.device:
     if device.type == "cuda" and ranks() > 1:
         if device.index is not None:
             raise DeviceUnavailable(f"--device {name}: every rank takes a GPU of its own, expected auto, cuda or cpu")
-        device = torch.device("cuda", local_rank())
-        name = f"cuda, {local_rank() + 1} ranks or more on this machine"
+        device, there = torch.device("cuda", local_rank()), torch.cuda.device_count()
+        if local_rank() >= there:
+            raise DeviceUnavailable(
+                f"--device {name}: every rank takes a GPU of its own, {there} are here; start at most {there} ranks "
+                "per machine, or use --device cpu"
+            )
+        torch.cuda.set_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailable(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda" and ranks() > 1:
-        torch.cuda.set_device(device)
     return device
 
 

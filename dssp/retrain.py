@@ -25,7 +25,7 @@ from dssp.memory import memory_named
 from dssp.network import DerivedNetwork
 from dssp.optimization import evaluate
 from dssp.retraining import Retraining
-from dssp.run_folder import after_restart, finished_summary, open_run_folder
+from dssp.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
 from dssp.spaces import CellSpace, get_space
 from dssp.spaces.auxiliary import AuxiliaryHead
 from dssp.summary import tabulated_line
@@ -145,7 +145,7 @@ def read_genotype(path: str) -> tuple[CellSpace, AnyGenotype]:
 def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
     """The whole command: a run folder with retrain.jsonl, checkpoints and summary.json; returns the summary."""
     config = after_restart(config)
-    check_same({**config.to_dict(), "run_dir": None}, "start")
+    check_same_command(config)
     space, genotype = read_genotype(config.genotype)
     if config.space not in (None, space.name):
         raise ConfigError("space", f"the genotype is of space {space.name}, got {config.space}")

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from dssp.config import ConfigError, RetrainConfig, SearchConfig
-from dssp.distributed import highest, is_under_torchrun, on_main, ranks, restarts
+from dssp.distributed import check_same, highest, is_under_torchrun, on_main, ranks, restarts
 from dssp.files import write_atomically, write_json
 
 Config = TypeVar("Config", SearchConfig, RetrainConfig)
@@ -60,11 +60,18 @@ def open_run_folder(config: Resumable, kind: str, details: dict[str, Any]) -> Pa
 
     The folder is this process's until it ends; of several ranks, rank 0's, and the others are told its name. Under
     torchrun, ``resume`` of a folder that holds no run yet begins one: the same command serves for every start.
-    ``details`` go into config.json too; "data" among them must be the same
-    when the run is continued. Raises RunFolderError when there is nothing to resume, the folder holds another run or is
-    in use by another process, or it cannot be written.
+    A run may continue on another number of ranks, with the same global batch (ranks times --batch-size) and no other.
+    ``details`` go into config.json too; "data" among them must be the same when the run is continued. Raises
+    RunFolderError when there is nothing to resume, the folder holds another run or is in use by another process, or it
+    cannot be written.
     """
     return on_main(lambda: _open(config, kind, {"ranks": ranks(), **details}))
+
+
+def check_same_command(config: SearchConfig | RetrainConfig) -> None:
+    """Raises RanksApart if a rank was started with another configuration; where its data are is its own affair."""
+    own = ("run_dir", "data_path", "benchmark", "threads", "workers")
+    check_same({name: value for name, value in config.to_dict().items() if name not in own}, "start")
 
 
 def after_restart(config: Config) -> Config:
@@ -143,7 +150,7 @@ def _new_folder(kind: str) -> Path:
 
 def _newest_like(config: Resumable, kind: str) -> Path:
     for path in sorted(RUNS.glob(f"*-{kind}*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(ValueError, AttributeError):  # somebody else's folder, or a damaged one
+        with contextlib.suppress(ValueError, AttributeError, TypeError):  # somebody else's folder, or a damaged one
             if not _differences(config, path):
                 return path.parent
     raise RunFolderError(f"--resume: no run under {RUNS}/ has this configuration; name its folder with --run-dir")
@@ -153,9 +160,9 @@ def _differences(config: Resumable, path: Path) -> list[str]:
     content = json.loads(path.read_text())
     stored, ranks_then = content.get("config", {}), content.get("ranks", 1)
     batches = [
-        f"global {name} (then {ranks_then} * {stored.get(name)}, now {ranks()} * {value})"
+        f"global {name} (then {ranks_then} * {stored.get(name, 0)}, now {ranks()} * {value})"
         for name, value in config.to_dict().items()
-        if name in GLOBAL_BATCH and ranks_then * (stored.get(name) or 0) != ranks() * value
+        if name in GLOBAL_BATCH and ranks_then * stored.get(name, 0) != ranks() * value
     ]
     return batches + [
         f"{name} (then {stored.get(name)!r}, now {value!r})"
@@ -170,7 +177,7 @@ def _check_same_run(config: Resumable, folder: Path, details: dict[str, Any]) ->
         raise RunFolderError(f"--resume: {folder} holds no run (no config.json)")
     try:
         differences = _differences(config, path)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise RunFolderError(f"--resume: {path} is damaged: {error}") from None
     if differences:
         raise RunFolderError(f"--resume: {folder} holds a run with another {'; '.join(differences)}")

@@ -14,7 +14,7 @@ from dssp.benchmark import open_benchmark
 from dssp.bilevel import BilevelSearch
 from dssp.callbacks import Checkpointing, Interruption, MetricsLog, ProgressBar, TensorBoard
 from dssp.command import choose_device, run_command
-from dssp.config import RetrainConfig, SearchConfig, parse_search
+from dssp.config import ConfigError, RetrainConfig, SearchConfig, parse_search
 from dssp.data import DataSet, load_data
 from dssp.distributed import check_same, checksum, in_turn, is_main, on_main, ranks
 from dssp.engine import Callback, Engine
@@ -25,7 +25,7 @@ from dssp.memory import memory_named
 from dssp.methods import METHODS
 from dssp.report import write_report
 from dssp.retrain import Retrained, retrain
-from dssp.run_folder import after_restart, finished_summary, open_run_folder
+from dssp.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
 from dssp.spaces import CellSpace, get_space
 from dssp.summary import print_summary, step_seconds
 from dssp.supernet import Supernet
@@ -76,7 +76,9 @@ def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
 def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     """The whole command: fills a run folder and returns the summary that ends up in it."""
     config = after_restart(config)
-    check_same({**config.to_dict(), "run_dir": None}, "start")
+    check_same_command(config)
+    if config.unrolled and ranks() > 1:
+        raise ConfigError("unrolled", f"the second order runs on one rank, got {ranks()}")
     device = choose_device(config.device, config.threads)
     benchmark = open_benchmark(config.benchmark, get_space(config.space))
     with in_turn():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dssp import distributed
+from dssp import distributed, evaluate
 from dssp.distributed import (
     RanksApart,
     average,
@@ -183,6 +184,36 @@ def test_checksum_tells_tensors_apart() -> None:
     assert checksum([one]) == checksum([other]) and checksum([one.to(memory_format=torch.contiguous_format)])
     other[0, 0] += 1e-3
     assert checksum([one]) != checksum([other]) and checksum([torch.tensor(True)]) != checksum([torch.tensor(False)])
+
+
+def test_new_start_believes_no_address_of_an_old_one() -> None:
+    store, names = torch.distributed.HashStore(), []
+    for key, value in (("hello/1", "dead"), ("answer/1", "dead gone")):
+        store.set(key, value)
+
+    def settle(me: int) -> None:
+        names.append(distributed._name_of_this_start(store, me, 2, seconds=30.0))
+
+    for _ in range(2):  # torchrun starts the ranks again and again, in one store
+        names.clear()
+        threads = [threading.Thread(target=settle, args=(me,)) for me in (1, 0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(names) == 2 and len({*names, "gone"}) == 2
+
+
+def test_ranks_that_do_not_come_are_missed() -> None:
+    with pytest.raises(RuntimeError, match="2 were started, after 0.1 seconds some are missing"):
+        distributed._name_of_this_start(torch.distributed.HashStore(), 0, 2, seconds=0.1)
+
+
+def test_command_for_one_process_refuses_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="rank 1: this command runs in one process, got 2"):
+        evaluate.main(["--run-dir", "nowhere"])
 
 
 # ---- shares of a batch -----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ pytestmark = [
 
 def search_of_share(synchronised: bool = True, **settings: Any) -> BilevelSearch:
     """This rank's share of a search whose global batch is BATCH."""
-    task = small_search(batch_size=BATCH // ranks(), nodes=2, grad_clip=0.0, **settings)
+    task = small_search(batch_size=BATCH // ranks(), grad_clip=0.0, **settings)
     if ranks() > 1 and synchronised:
         synchronise_norms(task.supernet)
     return task
@@ -48,8 +48,9 @@ def gradients(task: BilevelSearch, epoch: int) -> dict[str, Tensor | None]:
 def pruning_search(synchronised: bool = True) -> dict[str, Any]:
     """A whole search: warm-up, removal of edges and candidates, hard paths, the choice among them."""
     task = search_of_share(
-        synchronised,
+        synchronised=synchronised,
         method="dssp",
+        nodes=1,  # every norm is a round trip, forward and backward
         epochs=3,
         warmup_epochs=1,
         path_epochs=1,
@@ -252,6 +253,17 @@ def test_run_continues_on_other_ranks_with_the_same_global_batch_and_no_other(st
     assert "another global batch_size (then 2 * 100, now 1 * 100); global retrain_batch_size" in said
     assert exit_codes(start(stopped, *batches(200, 400), "--resume", count=1)) == [0]
     assert len(rows(stopped)) == 4
+
+
+def test_ranks_with_other_flags_are_refused(tmp_path: Path) -> None:
+    def seed_of_its_own(folder: Path, flags: list[str]) -> None:
+        command(folder, [*flags, f"--seed={os.environ['RANK']}"])
+
+    assert exit_codes(start_ranks(RANKS, seed_of_its_own, tmp_path / "run", batches(100, 200))) == [1] * RANKS
+    for r in range(RANKS):
+        said = (tmp_path / f"run.{r}.txt").read_text()
+        assert f"rank {r}: start: seed of rank 1 differ from those of rank 0" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_rank_that_dies_ends_the_others_with_a_line(tmp_path: Path) -> None:
