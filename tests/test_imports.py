@@ -25,6 +25,7 @@ FORBIDDEN = {
         "torch",
         "dssp_kernels",
     ],
+    "dssp.sweeping": ["dssp.search", "dssp.retrain", "dssp.supernet", "dssp.bilevel", "dssp.engine", "dssp.methods"],
     "dssp.comparison": ["dssp.search", "dssp.retrain", "dssp.supernet", "dssp.bilevel", "dssp.data", "dssp.callbacks"],
     "dssp.spaces": ["dssp.supernet", "dssp.network", "dssp.engine", "dssp.bilevel", "dssp.search", "dssp.callbacks"],
     "dssp.supernet": ["dssp.engine", "dssp.bilevel", "dssp.pruning", "dssp.architect", "dssp.search", "dssp.callbacks"],
