@@ -57,23 +57,6 @@ DSSP_INLINE void weighted_sum(const Scalar* const* inputs, const Sum<Scalar>* co
   }
 }
 
-// The same for any number of inputs: a block at a time, which stays in the first-level cache, kStreams inputs at a time.
-// Where sums are wider than what is stored, all inputs at once: a sum must not be rounded in between.
-template <typename Scalar>
-DSSP_INLINE void weighted_sum_in_groups(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count,
-                                        Scalar* out, int64_t begin, int64_t end) {
-  const int64_t groups = std::is_same_v<Scalar, Sum<Scalar>> ? (count + kStreams - 1) / kStreams : 1;
-  if (groups <= 1) return weighted_sum<false>(inputs, coefficients, count, out, begin, end);
-  const int64_t size = (count + groups - 1) / groups;
-  for (int64_t first = begin; first < end; first += kBlock) {
-    const int64_t last = std::min(end, first + kBlock);
-    weighted_sum<false>(inputs, coefficients, size, out, first, last);
-    for (int64_t k = size; k < count; k += size) {
-      weighted_sum<true>(inputs + k, coefficients + k, std::min(size, count - k), out, first, last);
-    }
-  }
-}
-
 // d_input[i] = coefficient * grad[i]  for i < count
 template <typename Scalar>
 DSSP_INLINE void scale(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count) {
@@ -119,7 +102,11 @@ DSSP_INLINE double dot_and_scale(const Scalar* grad, const Scalar* input, Sum<Sc
 #define DSSP_MIXED_SUM_LOOPS(Scalar)                                                                                 \
   DSSP_CLONES void weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count,    \
                                      Scalar* out, int64_t begin, int64_t end) {                                      \
-    weighted_sum_in_groups<Scalar>(inputs, coefficients, count, out, begin, end);                                            \
+    weighted_sum<false>(inputs, coefficients, count, out, begin, end);                                               \
+  }                                                                                                                  \
+  DSSP_CLONES void add_weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients,               \
+                                         int64_t count, Scalar* out, int64_t begin, int64_t end) {                   \
+    weighted_sum<true>(inputs, coefficients, count, out, begin, end);                                                \
   }                                                                                                                  \
   DSSP_CLONES void scale_loop(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count) {         \
     scale<Scalar>(grad, coefficient, d_input, count);                                                                \
@@ -134,6 +121,23 @@ DSSP_MIXED_SUM_LOOPS(double)
 DSSP_MIXED_SUM_LOOPS(BFloat16)
 DSSP_MIXED_SUM_LOOPS(Half)
 
+// Many inputs: a block at a time, which stays in the first-level cache, and of the inputs kStreams at a time. Where sums
+// are wider than what is stored, all inputs at once: a sum must not be rounded in between.
+template <typename Scalar>
+void weighted_sum_in_groups(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count, Scalar* out,
+                            int64_t begin, int64_t end) {
+  const int64_t groups = std::is_same_v<Scalar, Sum<Scalar>> ? (count + kStreams - 1) / kStreams : 1;
+  if (groups <= 1) return weighted_sum_loop(inputs, coefficients, count, out, begin, end);
+  const int64_t size = (count + groups - 1) / groups;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t last = std::min(end, first + kBlock);
+    weighted_sum_loop(inputs, coefficients, size, out, first, last);
+    for (int64_t k = size; k < count; k += size) {
+      add_weighted_sum_loop(inputs + k, coefficients + k, std::min(size, count - k), out, first, last);
+    }
+  }
+}
+
 // What is live of the entries: the tensors that are there and whose edge is active, with their coefficients.
 template <typename Scalar>
 void forward(const Entries& outputs, const Mixture& mixture, Tensor& result) {
@@ -147,7 +151,7 @@ void forward(const Entries& outputs, const Mixture& mixture, Tensor& result) {
   auto* out = static_cast<Scalar*>(result.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(kGrain / (inputs.size() + 1), 1);
   torch::stable::parallel_for(0, result.numel(), grain, [&](int64_t begin, int64_t end) {
-    weighted_sum_loop(inputs.data(), coefficients.data(), inputs.size(), out, begin, end);
+    weighted_sum_in_groups(inputs.data(), coefficients.data(), inputs.size(), out, begin, end);
   });
 }
 
