@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "scored_paths": (128, 256),
         "held_out": (256, 1024),
         "compared_images": (720, 8192),
-        "tie_break": ("loss", "loss"),
+        "tie_break": ("parsimony", "parsimony"),
         "temperature": (10.0, 10.0),
         "temperature_min": (0.1, 0.1),
         "retrain_epochs": (40, 0),
@@ -313,10 +313,10 @@ class SearchConfig(_Config):
     compared_images: int = option(
         None, "validation images on which paths are compared at the end (methods dssp and random)", "search", low=2
     )
-    tie_break: Literal["loss", "capacity"] = option(
+    tie_break: Literal["parsimony", "loss", "capacity"] = option(
         None,
-        "which of the paths that tie on the held-out images is derived: the one of the lowest loss, or that with the "
-        "most parameters (a prior that holds on NAS-Bench-201)",
+        "which of the paths that tie on the held-out images is derived: that of the fewest parameters, of the lowest "
+        "loss, or of the most parameters (a prior that holds on NAS-Bench-201)",
         "search",
     )
     min_edges: int = option(1, "incoming edges that every node keeps", "pruning", low=1)

@@ -53,7 +53,8 @@ class HardPaths:
         """Score paths and choose one; entries for the epoch's row of metrics."""
         space, config = self.open(), self.config
         scores = score(space, self.losses_of, limit=config.scored_paths, seed=config.seed)
-        self.chosen = select(scores, space.parameters if config.tie_break == "capacity" else None)
+        sign = {"parsimony": -1, "loss": 0, "capacity": 1}[config.tie_break]
+        self.chosen = select(scores, lambda path: sign * space.parameters(path))
         return {"scored_paths": len(scores), "path_loss": float(scores[self.chosen].mean())}
 
     def losses_of(self, path: Path) -> Tensor:

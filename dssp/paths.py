@@ -170,18 +170,16 @@ def score(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, see
     return found
 
 
-def select(scores: Score, capacity: Callable[[Path], int] | None) -> Path:
-    """The path of the lowest mean loss; with ``capacity``, among those that tie with it, the one of the largest.
+def select(scores: Score, preference: Callable[[Path], float]) -> Path:
+    """Of the paths that tie with the one of the lowest mean loss, the most preferred; among equals, the lowest loss.
 
-    Two paths tie if the mean of their paired differences is within two of its standard errors. That the larger one is
-    better is a prior, which NAS-Bench-201 confirms and another space need not.
+    Two paths tie if the mean of their paired differences is within two of its standard errors. To prefer small ones is
+    parsimony; that large ones are better is a prior, which NAS-Bench-201 confirms and another space need not.
     """
     best = min(scores, key=lambda path: float(scores[path].mean()))
-    if capacity is None:
-        return best
     ties = []
     for path, losses in scores.items():
         difference = losses - scores[best]
         if float(difference.mean()) <= 2 * float(difference.std()) / math.sqrt(len(difference)):
             ties.append(path)
-    return max(ties, key=lambda path: (capacity(path), -float(scores[path].mean())))
+    return max(ties, key=lambda path: (preference(path), -float(scores[path].mean())))

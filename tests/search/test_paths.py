@@ -144,16 +144,18 @@ def test_many_paths_are_searched_within_the_limit_and_the_best_of_a_smooth_lands
     space = PathSpace(supernet, 5)
     scores = score(space, landscape, limit=400, seed=0)
     assert len(scores) <= 400 < len(space)
-    assert float(scores[select(scores, None)].mean()) == 0
+    assert float(scores[select(scores, lambda path: 0)].mean()) == 0
     assert score(space, landscape, limit=400, seed=0).keys() == scores.keys()
 
 
-def test_lowest_loss_is_selected_and_capacity_decides_among_ties_only() -> None:
+def test_lowest_loss_is_selected_and_size_decides_among_ties_only() -> None:
     base = torch.linspace(0, 1, 100)
     noise = torch.tensor([0.1, -0.1]).repeat(50)
     scores: dict[Path, torch.Tensor] = {(0,): base, (1,): base + noise + 0.001, (2,): base + 0.5}
-    assert select(scores, None) == (0,)
-    assert select(scores, {(0,): 1, (1,): 2, (2,): 3}.__getitem__) == (1,)  # (2,) is larger, but clearly worse
+    size = {(0,): 2, (1,): 3, (2,): 4}
+    assert select(scores, lambda path: 0) == (0,)
+    assert select(scores, size.__getitem__) == (1,)  # (2,) is larger, but clearly worse
+    assert select({**scores, (3,): base + noise}, lambda path: -size.get(path, 1)) == (3,)
 
 
 def test_mixtures_of_a_path_weigh_its_candidates_with_one() -> None:
