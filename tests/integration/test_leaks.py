@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dssp.callbacks import Checkpointing
 from dssp.engine import Callback, Engine
@@ -17,7 +18,7 @@ from dssp.metrics import RunningMeans
 from dssp.optimization import sgd, weight_step
 from dssp.skipped_steps import GuardedStep
 from tests.search.small import small_search
-from tests.search.test_skipped_steps import Scripted, small_network
+from tests.search.test_skipped_steps import Scripted
 
 
 def live_tensors() -> int:
@@ -45,7 +46,7 @@ class Training(Scripted):
 
     def __init__(self, steps: int) -> None:
         super().__init__([0.0] * steps)
-        network = small_network()
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
         optimizer = sgd(network.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0)
         images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
         guarded = GuardedStep(
