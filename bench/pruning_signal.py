@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the packages, where they are not installed
 from dssp.bilevel import BilevelSearch
 from dssp.config import SearchConfig
 from dssp.data import load_data

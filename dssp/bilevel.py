@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,7 +76,6 @@ class BilevelSearch:
         self._uncaptured = GuardedStep(self._step, supernet)
         self.captured = CapturedStep(GuardedStep(self._captured_step, supernet), enabled=not config.no_cuda_graphs)
         self.held_out = data.valid.sample(config.held_out, seed=config.seed)
-        self.compared_on = data.valid.sample(config.compared_images, seed=config.seed)
 
     def derived(self) -> AnyGenotype:
         """What the search would end in if it ended now."""
@@ -227,8 +227,13 @@ class BilevelSearch:
     def _logits(self, images: Tensor) -> Tensor:
         return self.method.logits(images, {})
 
+    @cached_property
+    def _compared_on(self) -> Batch:
+        """Fetched when paths are compared: most methods never do, and the images take memory."""
+        return self.data.valid.sample(self.config.compared_images, seed=self.config.seed)
+
     def _held_out_losses(self, *, comparing: bool = False) -> Tensor:
-        images, labels = self.compared_on if comparing else self.held_out
+        images, labels = self._compared_on if comparing else self.held_out
         return held_out_losses(self.supernet, self._logits, images, labels)
 
     def _held_out_metrics(self) -> dict[str, float]:

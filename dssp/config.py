@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "path_epochs": (6, 25),
         "scored_paths": (128, 256),
         "held_out": (256, 1024),
-        "compared_images": (720, 8192),
+        "compared_images": (720, 2048),
         "tie_break": ("parsimony", "parsimony"),
         "temperature": (10.0, 10.0),
         "temperature_min": (0.1, 0.1),

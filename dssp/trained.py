@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dssp.checkpoint import read_plain
 from dssp.files import write_atomically
 from dssp.genotype import AnyGenotype, genotype_from_dict
 from dssp.network import DerivedNetwork
@@ -94,10 +95,7 @@ def load_trained(path: Path) -> TrainedNetwork:
     Raises NetworkUnavailable if it is not there, damaged, or does not fit together.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load does not look at the checksums
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        return _built(_checked(torch.load(path, map_location="cpu", weights_only=True)))
+        return _built(_checked(read_plain(path)))
     except FileNotFoundError:
         raise NetworkUnavailable(f"{path}: no such file; a retraining writes it when it ends") from None
     except UNREADABLE as error:
