@@ -17,10 +17,6 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
 #include "../cpu_mixture.h"
 
 namespace dssp {
@@ -39,7 +35,6 @@ constexpr int64_t kPeriods = 64;       // repetitions of the channels in a piece
 constexpr int64_t kChunk = 32 * 1024;  // elements
 constexpr int64_t kMaxChunks = 256;    // partial sums per entry are at most this many, however large the tensors
 constexpr int64_t kShortRow = 16;      // elements; rows shorter than this are not worth a loop of their own
-constexpr int64_t kCached = 4 << 20;   // bytes of gradients above which writing them past the cache is faster
 constexpr int64_t kGrain = 32 * 1024;  // element visits below which a second thread costs more than it brings
 
 // ---- how channels lie in memory ------------------------------------------------------------------------------------
@@ -264,7 +259,7 @@ struct Term {
 };
 
 // y = constant + sum_k scale_k * (input_k - mean_k) on a piece; kAdd: the sum is added to y instead
-template <bool kAdd, typename Scalar>
+template <bool kAdd, bool kStreamed, typename Scalar>
 DSSP_INLINE void add_terms_to_piece(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant,
                                     const Piece& piece, int64_t period, Scalar* y) {
   using L = Lanes<Scalar>;
@@ -289,10 +284,10 @@ DSSP_INLINE void add_terms_to_piece(const Term<Scalar>* terms, int64_t count, co
           c += scale * (L::load(x + 2 * period) - mean);
           d += scale * (L::load(x + 3 * period) - mean);
         }
-        L::store(y + i, a);
-        L::store(y + i + period, b);
-        L::store(y + i + 2 * period, c);
-        L::store(y + i + 3 * period, d);
+        store<kStreamed>(y + i, a);
+        store<kStreamed>(y + i + period, b);
+        store<kStreamed>(y + i + 2 * period, c);
+        store<kStreamed>(y + i + 3 * period, d);
       },
       [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
         Vector a = kAdd ? load_some(y + i, rest) : T::load(constant + piece.table + j);
@@ -306,7 +301,7 @@ DSSP_INLINE void add_terms_to_piece(const Term<Scalar>* terms, int64_t count, co
 
 // out = constant + sum_k scale_k * (input_k - mean_k), kStreams inputs at a time on a piece that stays in the cache.
 // Where sums are wider than what is stored, all inputs at once: a sum must not be rounded in between.
-template <typename Scalar>
+template <bool kStreamed, typename Scalar>
 DSSP_INLINE void add_terms(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant, const Walk& walk,
                            int64_t first, int64_t last, Scalar* out) {
   const int64_t groups = std::is_same_v<Scalar, Sum<Scalar>> ? (count + kStreams - 1) / kStreams : 1;
@@ -314,9 +309,13 @@ DSSP_INLINE void add_terms(const Term<Scalar>* terms, int64_t count, const Sum<S
   for (int64_t p = first; p < last; ++p) {
     const Piece piece = walk.piece(p);
     Scalar* y = out + piece.begin;
-    add_terms_to_piece<false>(terms, size, constant, piece, walk.period, y);
+    if (size == count) {
+      add_terms_to_piece<false, kStreamed>(terms, count, constant, piece, walk.period, y);
+      continue;
+    }
+    add_terms_to_piece<false, false>(terms, size, constant, piece, walk.period, y);
     for (int64_t k = size; k < count; k += size) {
-      add_terms_to_piece<true>(terms + k, std::min(size, count - k), constant, piece, walk.period, y);
+      add_terms_to_piece<true, false>(terms + k, std::min(size, count - k), constant, piece, walk.period, y);
     }
   }
 }
@@ -368,29 +367,6 @@ DSSP_INLINE void sum_products(const Scalar* grad, const Term<Scalar>* terms, int
   }
 }
 
-// Past the cache: what is written does not push out what is still to be read, and its lines are not read first.
-template <typename Scalar>
-DSSP_INLINE void store_streamed(Scalar* to, typename Lanes<Scalar>::Vector value) {
-#ifdef __SSE2__
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0) {
-    Scalar rounded[Lanes<Scalar>::width];
-    Lanes<Scalar>::store(rounded, value);
-    for (size_t byte = 0; byte < sizeof(rounded); byte += sizeof(__m128i)) {
-      const char* from = reinterpret_cast<const char*>(rounded) + byte;
-      _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(to) + byte), load_unaligned<__m128i>(from));
-    }
-    return;
-  }
-#endif
-  Lanes<Scalar>::store(to, value);
-}
-
-DSSP_INLINE void finish_streaming() {  // other threads read what was written
-#ifdef __SSE2__
-  _mm_sfence();
-#endif
-}
-
 // An entry of the backward pass: d_input = scale * grad + constant + slope * (input - mean), or without an input
 // d_input = scale * grad, or without a scale zeros.
 template <typename Scalar>
@@ -407,9 +383,6 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
   using T = Lanes<Sum<Scalar>>;
   using Vector = typename L::Vector;
   const int64_t period = walk.period;
-  const auto store = [](Scalar* to, Vector value) DSSP_INLINE_LAMBDA {
-    kStreamed ? store_streamed(to, value) : L::store(to, value);
-  };
   for (int64_t p = first; p < last; ++p) {
     const Piece piece = walk.piece(p);
     const Scalar* g = grad + piece.begin;
@@ -424,7 +397,7 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
             piece.count, period,
             [&](int64_t i, int64_t j) DSSP_INLINE_LAMBDA {
               const Vector s = T::load(scale + j);
-              for (int64_t u = 0; u < 4; ++u) store(d + i + u * period, s * L::load(g + i + u * period));
+              for (int64_t u = 0; u < 4; ++u) store<kStreamed>(d + i + u * period, s * L::load(g + i + u * period));
             },
             [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
               store_some(d + i, T::load(scale + j) * load_some(g + i, rest), rest);
@@ -439,7 +412,7 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
               const Vector slope = T::load(entry.slope + piece.table + j);
               for (int64_t u = 0; u < 4; ++u) {
                 const Vector deviation = L::load(x + i + u * period) - mean;
-                store(d + i + u * period, scale * L::load(g + i + u * period) + (constant + slope * deviation));
+                store<kStreamed>(d + i + u * period, scale * L::load(g + i + u * period) + (constant + slope * deviation));
               }
             },
             [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
@@ -460,20 +433,20 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
     sum_deviations<Scalar>(input, walk, first, last, sums);                                                           \
   }                                                                                                                   \
   DSSP_CLONES void terms_loop(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant,                  \
-                              const Walk& walk, int64_t first, int64_t last, Scalar* out) {                           \
-    add_terms<Scalar>(terms, count, constant, walk, first, last, out);                                                \
+                              const Walk& walk, int64_t first, int64_t last, Scalar* out, bool streamed) {            \
+    streamed ? add_terms<true, Scalar>(terms, count, constant, walk, first, last, out)                                \
+             : add_terms<false, Scalar>(terms, count, constant, walk, first, last, out);                              \
+    if (streamed) finish_streaming();                                                                                 \
   }                                                                                                                   \
   DSSP_CLONES void products_loop(const Scalar* grad, const Term<Scalar>* terms, int64_t count, const Walk& walk,      \
                                  int64_t first, int64_t last, double* sums) {                                         \
     sum_products<Scalar>(grad, terms, count, walk, first, last, sums);                                                \
   }                                                                                                                   \
   DSSP_CLONES void gradients_loop(const Scalar* grad, const Gradient<Scalar>* entries, int64_t count,                 \
-                                  const Walk& walk, int64_t first, int64_t last) {                                    \
-    write_gradients<false, Scalar>(grad, entries, count, walk, first, last);                                          \
-  }                                                                                                                   \
-  DSSP_CLONES void streamed_gradients_loop(const Scalar* grad, const Gradient<Scalar>* entries, int64_t count,        \
-                                           const Walk& walk, int64_t first, int64_t last) {                           \
-    write_gradients<true, Scalar>(grad, entries, count, walk, first, last);                                           \
+                                  const Walk& walk, int64_t first, int64_t last, bool streamed) {                     \
+    streamed ? write_gradients<true, Scalar>(grad, entries, count, walk, first, last)                                 \
+             : write_gradients<false, Scalar>(grad, entries, count, walk, first, last);                               \
+    if (streamed) finish_streaming();                                                                                 \
   }
 DSSP_BATCH_NORM_LOOPS(float)
 DSSP_BATCH_NORM_LOOPS(double)
@@ -591,8 +564,9 @@ void forward(const Walk& walk, const Entries& outputs, const Mixture& mixture, c
   }
   const Sum<Scalar>* added = constants.fill(0, constant);
   auto* out = static_cast<Scalar*>(result.mutable_data_ptr());
+  const bool streamed = static_cast<int64_t>(sizeof(Scalar)) * walk.elements >= kStreamedBytes;
   walk.for_chunks(terms.size() + 1, true, [&](int64_t, int64_t first, int64_t last) {
-    terms_loop(terms.data(), terms.size(), added, walk, first, last, out);
+    terms_loop(terms.data(), terms.size(), added, walk, first, last, out, streamed);
   });
 }
 
@@ -671,14 +645,9 @@ void write_output_gradients(const Walk& walk, const Tensor& grad, const Entries&
     gradient.slope = slopes.fill(i, slope);
   }
   if (gradients.empty()) return;
-  const bool streamed = static_cast<int64_t>(gradients.size() * sizeof(Scalar)) * walk.elements > kCached;
+  const bool streamed = static_cast<int64_t>(gradients.size() * sizeof(Scalar)) * walk.elements >= kStreamedBytes;
   walk.for_chunks(2 * gradients.size(), true, [&](int64_t, int64_t first, int64_t last) {
-    if (streamed) {
-      streamed_gradients_loop(data_of<Scalar>(grad), gradients.data(), gradients.size(), walk, first, last);
-      finish_streaming();
-    } else {
-      gradients_loop(data_of<Scalar>(grad), gradients.data(), gradients.size(), walk, first, last);
-    }
+    gradients_loop(data_of<Scalar>(grad), gradients.data(), gradients.size(), walk, first, last, streamed);
   });
 }
 

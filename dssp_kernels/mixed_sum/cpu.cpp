@@ -23,7 +23,7 @@ constexpr int64_t kGrain = 32 * 1024;  // element visits below which a second th
 // ---- the large side: entries ---------------------------------------------------------------------------------------
 
 // out[i] = sum_k coefficients[k] * inputs[k][i]  for begin <= i < end; kAdd: added to what is there
-template <bool kAdd, typename Scalar>
+template <bool kAdd, bool kStreamed, typename Scalar>
 DSSP_INLINE void weighted_sum(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count, Scalar* out,
                               int64_t begin, int64_t end) {
   using L = Lanes<Scalar>;
@@ -43,10 +43,10 @@ DSSP_INLINE void weighted_sum(const Scalar* const* inputs, const Sum<Scalar>* co
       c += coefficient * L::load(input + 2 * w);
       d += coefficient * L::load(input + 3 * w);
     }
-    L::store(out + i, a);
-    L::store(out + i + w, b);
-    L::store(out + i + 2 * w, c);
-    L::store(out + i + 3 * w, d);
+    store<kStreamed>(out + i, a);
+    store<kStreamed>(out + i + w, b);
+    store<kStreamed>(out + i + 2 * w, c);
+    store<kStreamed>(out + i + 3 * w, d);
   }
   for (; i < end; i += w) {
     const int64_t rest = std::min(w, end - i);
@@ -58,16 +58,16 @@ DSSP_INLINE void weighted_sum(const Scalar* const* inputs, const Sum<Scalar>* co
 }
 
 // d_input[i] = coefficient * grad[i]  for i < count
-template <typename Scalar>
+template <bool kStreamed, typename Scalar>
 DSSP_INLINE void scale(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count) {
   using L = Lanes<Scalar>;
   int64_t i = 0;
-  for (; i + L::width <= count; i += L::width) L::store(d_input + i, coefficient * L::load(grad + i));
+  for (; i + L::width <= count; i += L::width) store<kStreamed>(d_input + i, coefficient * L::load(grad + i));
   if (i < count) store_first(d_input + i, coefficient * load_first(grad + i, count - i), count - i);
 }
 
 // <grad, input>, and on the way d_input = coefficient * grad unless d_input is null
-template <typename Scalar>
+template <bool kStreamed, typename Scalar>
 DSSP_INLINE double dot_and_scale(const Scalar* grad, const Scalar* input, Sum<Scalar> coefficient, Scalar* d_input,
                                  int64_t count) {
   using L = Lanes<Scalar>;
@@ -83,10 +83,10 @@ DSSP_INLINE double dot_and_scale(const Scalar* grad, const Scalar* input, Sum<Sc
     c += g2 * L::load(input + i + 2 * w);
     d += g3 * L::load(input + i + 3 * w);
     if (d_input) {
-      L::store(d_input + i, coefficient * g0);
-      L::store(d_input + i + w, coefficient * g1);
-      L::store(d_input + i + 2 * w, coefficient * g2);
-      L::store(d_input + i + 3 * w, coefficient * g3);
+      store<kStreamed>(d_input + i, coefficient * g0);
+      store<kStreamed>(d_input + i + w, coefficient * g1);
+      store<kStreamed>(d_input + i + 2 * w, coefficient * g2);
+      store<kStreamed>(d_input + i + 3 * w, coefficient * g3);
     }
   }
   for (; i < count; i += w) {
@@ -101,20 +101,23 @@ DSSP_INLINE double dot_and_scale(const Scalar* grad, const Scalar* input, Sum<Sc
 // target_clones takes no templates: one plain function per storage type, compiled for every instruction set.
 #define DSSP_MIXED_SUM_LOOPS(Scalar)                                                                                 \
   DSSP_CLONES void weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count,    \
-                                     Scalar* out, int64_t begin, int64_t end) {                                      \
-    weighted_sum<false>(inputs, coefficients, count, out, begin, end);                                               \
+                                     Scalar* out, int64_t begin, int64_t end, bool streamed) {                       \
+    streamed ? weighted_sum<false, true>(inputs, coefficients, count, out, begin, end)                               \
+             : weighted_sum<false, false>(inputs, coefficients, count, out, begin, end);                             \
   }                                                                                                                  \
   DSSP_CLONES void add_weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients,               \
                                          int64_t count, Scalar* out, int64_t begin, int64_t end) {                   \
-    weighted_sum<true>(inputs, coefficients, count, out, begin, end);                                                \
+    weighted_sum<true, false>(inputs, coefficients, count, out, begin, end);                                         \
   }                                                                                                                  \
-  DSSP_CLONES void scale_loop(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count) {         \
-    scale<Scalar>(grad, coefficient, d_input, count);                                                                \
+  DSSP_CLONES void scale_loop(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count,           \
+                              bool streamed) {                                                                       \
+    streamed ? scale<true>(grad, coefficient, d_input, count) : scale<false>(grad, coefficient, d_input, count);     \
   }                                                                                                                  \
   DSSP_CLONES double dot_loop(const Scalar* grad, const Scalar* input, Sum<Scalar> coefficient, Scalar* d_input,     \
-                              int64_t count) {                                                                       \
-    return d_input ? dot_and_scale<Scalar>(grad, input, coefficient, d_input, count)                                 \
-                   : dot_and_scale<Scalar>(grad, input, coefficient, nullptr, count);                                \
+                              int64_t count, bool streamed) {                                                        \
+    if (!d_input) return dot_and_scale<false, Scalar>(grad, input, coefficient, nullptr, count);                     \
+    return streamed ? dot_and_scale<true>(grad, input, coefficient, d_input, count)                                  \
+                    : dot_and_scale<false>(grad, input, coefficient, d_input, count);                                \
   }
 DSSP_MIXED_SUM_LOOPS(float)
 DSSP_MIXED_SUM_LOOPS(double)
@@ -125,13 +128,17 @@ DSSP_MIXED_SUM_LOOPS(Half)
 // are wider than what is stored, all inputs at once: a sum must not be rounded in between.
 template <typename Scalar>
 void weighted_sum_in_groups(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count, Scalar* out,
-                            int64_t begin, int64_t end) {
+                            int64_t begin, int64_t end, bool streamed) {
   const int64_t groups = std::is_same_v<Scalar, Sum<Scalar>> ? (count + kStreams - 1) / kStreams : 1;
-  if (groups <= 1) return weighted_sum_loop(inputs, coefficients, count, out, begin, end);
+  if (groups <= 1) {
+    weighted_sum_loop(inputs, coefficients, count, out, begin, end, streamed);
+    if (streamed) finish_streaming();
+    return;
+  }
   const int64_t size = (count + groups - 1) / groups;
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t last = std::min(end, first + kBlock);
-    weighted_sum_loop(inputs, coefficients, size, out, first, last);
+    weighted_sum_loop(inputs, coefficients, size, out, first, last, false);
     for (int64_t k = size; k < count; k += size) {
       add_weighted_sum_loop(inputs + k, coefficients + k, std::min(size, count - k), out, first, last);
     }
@@ -150,8 +157,9 @@ void forward(const Entries& outputs, const Mixture& mixture, Tensor& result) {
   }
   auto* out = static_cast<Scalar*>(result.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(kGrain / (inputs.size() + 1), 1);
+  const bool streamed = static_cast<int64_t>(sizeof(Scalar)) * result.numel() >= kStreamedBytes;
   torch::stable::parallel_for(0, result.numel(), grain, [&](int64_t begin, int64_t end) {
-    weighted_sum_in_groups(inputs.data(), coefficients.data(), inputs.size(), out, begin, end);
+    weighted_sum_in_groups(inputs.data(), coefficients.data(), inputs.size(), out, begin, end, streamed);
   });
 }
 
@@ -183,6 +191,8 @@ std::vector<double> backward(const Tensor& grad, const Entries& outputs, const M
   std::vector<double> partial(chunks * entries, 0.0);
   const auto* g = static_cast<const Scalar*>(grad.const_data_ptr());
   const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(chunk * entries, 1), 1);
+  const int64_t written = std::count_if(work.begin(), work.end(), [](const Work& entry) { return entry.d_input; });
+  const bool streamed = written * n * static_cast<int64_t>(sizeof(Scalar)) >= kStreamedBytes;
   torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       for (int64_t begin = c * chunk; begin < std::min(n, (c + 1) * chunk); begin += kBlock) {
@@ -191,15 +201,17 @@ std::vector<double> backward(const Tensor& grad, const Entries& outputs, const M
           const Work& entry = work[i];
           Scalar* d_input = entry.d_input ? entry.d_input + begin : nullptr;
           if (entry.input) {
-            partial[c * entries + i] += dot_loop(g + begin, entry.input + begin, entry.coefficient, d_input, count);
+            partial[c * entries + i] +=
+                dot_loop(g + begin, entry.input + begin, entry.coefficient, d_input, count, streamed);
           } else if (d_input && entry.active) {
-            scale_loop(g + begin, entry.coefficient, d_input, count);
+            scale_loop(g + begin, entry.coefficient, d_input, count, streamed);
           } else if (d_input) {
             std::memset(static_cast<void*>(d_input), 0, sizeof(Scalar) * count);
           }
         }
       }
     }
+    if (streamed) finish_streaming();
   });
   std::vector<double> dots(entries, 0.0);
   for (int64_t c = 0; c < chunks; ++c) {
