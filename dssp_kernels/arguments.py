@@ -17,18 +17,21 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def checked_mixture(
     outputs: Sequence[Tensor | None], alpha: Tensor, mask: Tensor | None, relaxation: str, active: Tensor | None
 ) -> tuple[Sequence[Tensor | None], Tensor, Tensor | None]:
-    """Outputs of one dtype and (if not under torch.func) one dense layout; alpha, mask None or [E], contiguous."""
+    """Outputs of one dtype and (if not under torch.func) one dense layout; alpha, mask contiguous.
+
+    mask has E elements or is None; of one edge it may have no dimension.
+    """
     tensors = _check_outputs(outputs)
     _check_parameters(outputs, tensors[0], alpha, mask, relaxation, active)
     dtype = tensors[0].dtype
-    if any(tensor.dtype is not dtype for tensor in tensors):
+    if any([tensor.dtype is not dtype for tensor in tensors]):  # a list: half the time of a generator
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
         outputs = [None if output is None else output.to(dtype) for output in outputs]
     if not transforms_are_active():  # vmap has no layouts
         outputs = _in_one_layout(outputs)
     alpha = alpha.contiguous()
-    if mask is not None:
+    if mask is not None and (mask.numel() != _edges(alpha) or not mask.is_contiguous()):
         mask = mask.reshape(-1).expand(_edges(alpha)).contiguous()
     return outputs, alpha, mask
 
@@ -140,15 +143,15 @@ def _in_one_layout(outputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The same entries, all in the dense layout that most of them have; only the odd ones are copied."""
     tensors = [output for output in outputs if output is not None]
     strides = tensors[0].stride()
-    if _is_usual_layout(tensors[0]) and all(tensor.stride() == strides for tensor in tensors):
+    if _is_usual_layout(tensors[0]) and all([tensor.stride() == strides for tensor in tensors]):
         return outputs
     if tensors[0].numel() == 0:
         return [None if output is None else output.contiguous() for output in outputs]
     orders = [None if output is None else _dense_order(output) for output in outputs]
     dense = Counter(order for order in orders if order is not None)
-    # Nothing dense at all: the layout PyTorch itself gives a copy of the first tensor.
-    target = dense.most_common(1)[0][0] if dense else _dense_order(torch.empty_like(tensors[0]))
-    assert target is not None
+    if not dense:  # then the layouts that PyTorch itself would give copies of them
+        dense = Counter(order for tensor in tensors if (order := _dense_order(torch.empty_like(tensor))) is not None)
+    target = max(dense, key=lambda order: (dense[order], order))  # whatever the order of the entries
     return [
         output if output is None or order == target else _copy_in_order(output, target)
         for output, order in zip(outputs, orders, strict=True)
