@@ -48,7 +48,8 @@ def time_interleaved(
 ) -> Timings:
     """Let the contenders take turns for about `seconds`; where they are slow, longer, to see `min_rounds` (at least 3).
 
-    A turn is one untimed call, so that nobody pays for the caches his predecessor filled, then about `turn` seconds.
+    A turn is about `turn` seconds untimed, so that nobody pays for the caches his predecessor filled (a last-level cache
+    takes several calls to let go of what was in it), then as long again.
     """
     measure = cuda_measure if device.type == "cuda" else host_measure
     work = {name: rotating(calls) for name, calls in contenders.items()}
@@ -64,7 +65,7 @@ def time_interleaved(
         for rounds in count(1):
             names = names[1:] + names[:1]  # another one goes first, so none always follows the same neighbour
             for name in names:
-                work[name]()
+                measure(work[name], repeats[name])
                 taken[name].append(measure(work[name], repeats[name]))
             elapsed = time.perf_counter() - start
             if elapsed >= seconds and rounds >= (min_rounds if elapsed < 3 * seconds else 3):
