@@ -124,14 +124,33 @@ DSSP_INLINE void store_some(Scalar* to, typename Lanes<Scalar>::Vector value, in
   store_first(to, value, count);
 }
 
-// Visits every element of a piece once: four(offset in the piece, offset in the table) for four vectors, a period
-// apart, that share their coefficients; one(offset, offset in the table, elements left) for each vector that remains.
-template <int64_t kWidth, typename Four, typename One>
-DSSP_INLINE void for_vectors(int64_t count, int64_t period, Four four, One one) {
+// Four vectors side by side in memory, as far as their lanes go: kNeighbours lanes, 4 / kNeighbours times. What a loop
+// reads next to what it has just read, the prefetchers find.
+template <int64_t kNeighbours, int64_t kWidth>
+struct Four {
+  int64_t first, table, period;  // offsets of the first vector in the piece and of its coefficients in their table
+
+  DSSP_INLINE int64_t offset(int64_t u) const { return first + u % kNeighbours * kWidth + u / kNeighbours * period; }
+  DSSP_INLINE int64_t lane(int64_t u) const { return table + u % kNeighbours * kWidth; }
+};
+
+template <int64_t kNeighbours, int64_t kWidth, typename Use>
+DSSP_INLINE int64_t for_fours(int64_t count, int64_t period, Use use) {
+  constexpr int64_t kPeriods = 4 / kNeighbours;
   int64_t i = 0;
-  for (; i + 4 * period <= count; i += 4 * period) {
-    for (int64_t j = 0; j < period; j += kWidth) four(i + j, j);
+  for (; i + kPeriods * period <= count; i += kPeriods * period) {
+    for (int64_t j = 0; j < period; j += kNeighbours * kWidth) use(Four<kNeighbours, kWidth>{i + j, j, period});
   }
+  return i;
+}
+
+// Visits every element of a piece once: four(vectors), and for each vector that remains one(offset, offset in the table,
+// elements left).
+template <int64_t kWidth, typename Use, typename One>
+DSSP_INLINE void for_vectors(int64_t count, int64_t period, Use four, One one) {
+  int64_t i = period % (4 * kWidth) == 0   ? for_fours<4, kWidth>(count, period, four)
+              : period % (2 * kWidth) == 0 ? for_fours<2, kWidth>(count, period, four)
+                                           : for_fours<1, kWidth>(count, period, four);
   for (int64_t j = 0; i < count; i += kWidth) {
     one(i, j, count - i);
     j = j + kWidth == period ? 0 : j + kWidth;
@@ -192,6 +211,46 @@ struct LaneDeviations {
   }
 };
 
+// The lanes of a piece, kVectors vectors of them at a time: use(first lane, number of vectors as a constant). Vectors that
+// lie side by side share their cache lines, and their sums are enough in flight to hide the latency of the additions.
+constexpr int64_t kSums = 4;
+
+template <int64_t kWidth, typename Use>
+DSSP_INLINE void for_lanes(int64_t lanes, Use use) {
+  int64_t j = 0;
+  for (; j + kSums * kWidth <= lanes; j += kSums * kWidth) use(j, std::integral_constant<int64_t, kSums>{});
+  for (; j + 2 * kWidth <= lanes; j += 2 * kWidth) use(j, std::integral_constant<int64_t, 2>{});
+  for (; j < lanes; j += kWidth) use(j, std::integral_constant<int64_t, 1>{});
+}
+
+// Sums over the vectors of kVectors neighbouring lanes: add(sum, u, offset) for every whole vector of lane u, in
+// kSums / kVectors sums per lane. `rounds` are those in which all the lanes have a whole vector.
+template <int64_t kVectors, int64_t kWidth, typename Sums, typename Add>
+DSSP_INLINE void for_rounds(int64_t rounds, int64_t period, Sums (&sums)[kVectors], Add add) {
+  constexpr int64_t kRepeats = kSums / kVectors;
+  Sums more[kRepeats][kVectors] = {};
+  int64_t v = 0;
+  for (; v + kRepeats <= rounds; v += kRepeats) {
+    for (int64_t r = 0; r < kRepeats; ++r) {
+      for (int64_t u = 0; u < kVectors; ++u) add(more[r][u], u, (v + r) * period + u * kWidth);
+    }
+  }
+  for (; v < rounds; ++v) {
+    for (int64_t u = 0; u < kVectors; ++u) add(more[0][u], u, v * period + u * kWidth);
+  }
+  for (int64_t r = 0; r < kRepeats; ++r) {
+    for (int64_t u = 0; u < kVectors; ++u) sums[u] += more[r][u];
+  }
+}
+
+template <typename Vector>
+struct SumAndSquare {
+  Vector sum = {}, square = {};
+
+  DSSP_INLINE void operator+=(const SumAndSquare& other) { sum += other.sum, square += other.square; }
+  DSSP_INLINE void add(Vector d) { sum += d, square += d * d; }
+};
+
 // Shifted sums of one entry. The shift of a lane is the mean of the first eighth of what the lane sums up in a piece.
 // The mean of a fraction f of some numbers is at most sqrt(1/f - 1) standard deviations off the mean of all, so that
 // the sums in single precision lose a factor of eight (three bits) at worst, whatever the numbers are.
@@ -204,50 +263,51 @@ DSSP_INLINE void sum_deviations(const Scalar* input, const Walk& walk, int64_t f
   const int64_t period = walk.period;
   for (int64_t p = first; p < last; ++p) {
     const Piece piece = walk.piece(p);
-    for (int64_t j = 0; j < std::min(period, piece.count); j += w) {
+    for_lanes<w>(std::min(period, piece.count), [&](int64_t j, auto vectors) DSSP_INLINE_LAMBDA {
+      constexpr int64_t n = decltype(vectors)::value;
       const Scalar* x = input + piece.begin + j;
-      const int64_t rest = piece.count - j;
-      const int64_t full = rest < w ? 0 : (rest - w) / period + 1;  // vectors, after which part of one may follow
-      const int64_t partial = std::max<int64_t>(rest - full * period, 0);
+      const int64_t count = piece.count - j;
+      const int64_t rounds = count < n * w ? 0 : (count - n * w) / period + 1;
+      // After them each lane has a whole vector, part of one, or nothing.
+      const auto rest = [&](int64_t u) { return std::clamp<int64_t>(count - rounds * period - u * w, 0, w); };
 
-      const int64_t sample = (full + 7) / 8;
-      Vector shift = {}, shift1 = {};
-      int64_t v = 0;
-      for (; v + 2 <= sample; v += 2) {
-        shift += L::load(x + v * period);
-        shift1 += L::load(x + (v + 1) * period);
+      Vector shift[n] = {};
+      const int64_t sample = (rounds + 7) / 8;
+      for_rounds<n, w>(sample, period, shift, [&](Vector& sum, int64_t, int64_t i) DSSP_INLINE_LAMBDA {
+        sum += L::load(x + i);
+      });
+      for (int64_t u = 0; u < n; ++u) {
+        if (sample > 0) {
+          shift[u] /= static_cast<Sum<Scalar>>(sample);
+        } else {
+          shift[u] = load_first(x + u * w, rest(u));
+        }
+        if (walk.rows) {
+          const int64_t lanes = sample > 0 ? w : rest(u);
+          shift[u] = Vector{} + static_cast<Sum<Scalar>>(sum_of_lanes(shift[u]) / lanes);
+        }
+        shift[u] = (shift[u] - shift[u] == 0) ? shift[u] : Vector{};  // NaN and Inf are left to the sums
       }
-      if (v < sample) shift += L::load(x + v * period);
-      shift = full > 0 ? (shift + shift1) / static_cast<Sum<Scalar>>(sample) : load_first(x, partial);
-      if (walk.rows) shift = Vector{} + static_cast<Sum<Scalar>>(sum_of_lanes(shift) / (full > 0 ? w : partial));
-      shift = (shift - shift == 0) ? shift : Vector{};  // NaN and Inf are left to the sums
 
-      Vector s0 = {}, s1 = {}, s2 = {}, s3 = {}, q0 = {}, q1 = {}, q2 = {}, q3 = {};
-      for (v = 0; v + 4 <= full; v += 4) {  // four sums in flight hide the latency of the multiply-add
-        const Vector d0 = L::load(x + v * period) - shift, d1 = L::load(x + (v + 1) * period) - shift;
-        const Vector d2 = L::load(x + (v + 2) * period) - shift, d3 = L::load(x + (v + 3) * period) - shift;
-        s0 += d0, s1 += d1, s2 += d2, s3 += d3;
-        q0 += d0 * d0, q1 += d1 * d1, q2 += d2 * d2, q3 += d3 * d3;
+      SumAndSquare<Vector> shifted[n] = {};
+      for_rounds<n, w>(rounds, period, shifted, [&](auto& sum, int64_t u, int64_t i) DSSP_INLINE_LAMBDA {
+        sum.add(L::load(x + i) - shift[u]);
+      });
+      for (int64_t u = 0; u < n; ++u) {
+        const int64_t more = rest(u), full = rounds + more / w, partial = more % w;
+        if (more > 0) {
+          Vector d = load_some(x + rounds * period + u * w, more) - shift[u];
+          for (int64_t lane = more; lane < w; ++lane) d[lane] = 0;
+          shifted[u].add(d);
+        }
+        const Vector sum = shifted[u].sum, square = shifted[u].square;
+        if (walk.rows) {
+          sums.add_to(piece.table, full * w + partial, shift[u][0], sum_of_lanes(sum), sum_of_lanes(square));
+        } else {
+          sums.add_vector(j + u * w, p == first, full, partial, shift[u], sum, square);
+        }
       }
-      for (; v < full; ++v) {
-        const Vector d = L::load(x + v * period) - shift;
-        s0 += d;
-        q0 += d * d;
-      }
-      if (partial > 0) {
-        Vector d = load_first(x + full * period, partial) - shift;
-        for (int64_t lane = partial; lane < w; ++lane) d[lane] = 0;
-        s1 += d;
-        q1 += d * d;
-      }
-      s0 = (s0 + s1) + (s2 + s3);
-      q0 = (q0 + q1) + (q2 + q3);
-      if (walk.rows) {
-        sums.add_to(piece.table, full * w + partial, shift[0], sum_of_lanes(s0), sum_of_lanes(q0));
-      } else {
-        sums.add_vector(j, p == first, full, partial, shift, s0, q0);
-      }
-    }
+    });
   }
 }
 
@@ -267,27 +327,19 @@ DSSP_INLINE void add_terms_to_piece(const Term<Scalar>* terms, int64_t count, co
   using Vector = typename L::Vector;
   for_vectors<L::width>(
       piece.count, period,
-      [&](int64_t i, int64_t j) DSSP_INLINE_LAMBDA {
-        Vector a, b, c, d;
-        if constexpr (kAdd) {
-          a = L::load(y + i), b = L::load(y + i + period);
-          c = L::load(y + i + 2 * period), d = L::load(y + i + 3 * period);
-        } else {
-          a = b = c = d = T::load(constant + piece.table + j);
+      [&](auto four) DSSP_INLINE_LAMBDA {
+        Vector sums[4];
+        for (int64_t u = 0; u < 4; ++u) {
+          sums[u] = kAdd ? L::load(y + four.offset(u)) : T::load(constant + piece.table + four.lane(u));
         }
         for (int64_t k = 0; k < count; ++k) {
-          const Vector mean = T::load(terms[k].mean + piece.table + j);
-          const Vector scale = T::load(terms[k].scale + piece.table + j);
-          const Scalar* x = terms[k].input + piece.begin + i;
-          a += scale * (L::load(x) - mean);
-          b += scale * (L::load(x + period) - mean);
-          c += scale * (L::load(x + 2 * period) - mean);
-          d += scale * (L::load(x + 3 * period) - mean);
+          const Scalar* x = terms[k].input + piece.begin;
+          const Sum<Scalar>*mean = terms[k].mean + piece.table, *scale = terms[k].scale + piece.table;
+          for (int64_t u = 0; u < 4; ++u) {
+            sums[u] += T::load(scale + four.lane(u)) * (L::load(x + four.offset(u)) - T::load(mean + four.lane(u)));
+          }
         }
-        store<kStreamed>(y + i, a);
-        store<kStreamed>(y + i + period, b);
-        store<kStreamed>(y + i + 2 * period, c);
-        store<kStreamed>(y + i + 3 * period, d);
+        for (int64_t u = 0; u < 4; ++u) store<kStreamed>(y + four.offset(u), sums[u]);
       },
       [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
         Vector a = kAdd ? load_some(y + i, rest) : T::load(constant + piece.table + j);
@@ -320,21 +372,6 @@ DSSP_INLINE void add_terms(const Term<Scalar>* terms, int64_t count, const Sum<S
   }
 }
 
-// The vectors of lane j of a piece in turn: sum(use(offset)), in four sums that hide the latency of the additions.
-template <typename Vector, int64_t kWidth, typename Use>
-DSSP_INLINE Vector sum_vectors(int64_t j, int64_t count, int64_t period, Use use) {
-  Vector a = {}, b = {}, c = {}, d = {};
-  int64_t i = j;
-  for (; i + 3 * period + kWidth <= count; i += 4 * period) {
-    a += use(i, kWidth);
-    b += use(i + period, kWidth);
-    c += use(i + 2 * period, kWidth);
-    d += use(i + 3 * period, kWidth);
-  }
-  for (; i < count; i += period) a += use(i, std::min(kWidth, count - i));
-  return (a + b) + (c + d);
-}
-
 // sums[0] = sum grad; sums[1 + k] = <grad, input_k - mean_k> where there is an input; each [walk.lanes]
 template <typename Scalar>
 DSSP_INLINE void sum_products(const Scalar* grad, const Term<Scalar>* terms, int64_t count, const Walk& walk,
@@ -348,21 +385,31 @@ DSSP_INLINE void sum_products(const Scalar* grad, const Term<Scalar>* terms, int
     const Scalar* g = grad + piece.begin;
     for (int64_t k = -1; k < count; ++k) {
       double* sum = sums + (k + 1) * walk.lanes + piece.table;
-      for (int64_t j = 0; j < std::min(walk.period, piece.count); j += w) {
-        Vector total;
-        if (k < 0) {
-          total = sum_vectors<Vector, w>(j, piece.count, walk.period, [&](int64_t i, int64_t n) DSSP_INLINE_LAMBDA {
-            return load_some(g + i, n);
+      const Scalar* x = k < 0 ? nullptr : terms[k].input + piece.begin;
+      for_lanes<w>(std::min(walk.period, piece.count), [&](int64_t j, auto vectors) DSSP_INLINE_LAMBDA {
+        constexpr int64_t n = decltype(vectors)::value;
+        const int64_t left = piece.count - j;
+        const int64_t rounds = left < n * w ? 0 : (left - n * w) / walk.period + 1;
+        Vector total[n] = {}, mean[n] = {};
+        if (!x) {
+          for_rounds<n, w>(rounds, walk.period, total, [&](Vector& sum, int64_t, int64_t i) DSSP_INLINE_LAMBDA {
+            sum += L::load(g + j + i);
           });
         } else {
-          const Scalar* x = terms[k].input + piece.begin;
-          const Vector mean = T::load(terms[k].mean + piece.table + j);
-          total = sum_vectors<Vector, w>(j, piece.count, walk.period, [&](int64_t i, int64_t n) DSSP_INLINE_LAMBDA {
-            return load_some(g + i, n) * (load_some(x + i, n) - mean);
+          for (int64_t u = 0; u < n; ++u) mean[u] = T::load(terms[k].mean + piece.table + j + u * w);
+          for_rounds<n, w>(rounds, walk.period, total, [&](Vector& sum, int64_t u, int64_t i) DSSP_INLINE_LAMBDA {
+            sum += L::load(g + j + i) * (L::load(x + j + i) - mean[u]);
           });
         }
-        for (int64_t lane = 0; lane < w; ++lane) sum[j + lane] += total[lane];
-      }
+        for (int64_t u = 0; u < n; ++u) {
+          const int64_t i = j + rounds * walk.period + u * w, rest = std::min(w, piece.count - i);
+          if (rest > 0) {
+            const Vector more = load_some(g + i, rest);
+            total[u] += x ? more * (load_some(x + i, rest) - mean[u]) : more;
+          }
+          for (int64_t lane = 0; lane < w; ++lane) sum[j + u * w + lane] += total[u][lane];
+        }
+      });
     }
   }
 }
@@ -395,9 +442,10 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
         const Sum<Scalar>* scale = entry.scale + piece.table;
         for_vectors<L::width>(
             piece.count, period,
-            [&](int64_t i, int64_t j) DSSP_INLINE_LAMBDA {
-              const Vector s = T::load(scale + j);
-              for (int64_t u = 0; u < 4; ++u) store<kStreamed>(d + i + u * period, s * L::load(g + i + u * period));
+            [&](auto four) DSSP_INLINE_LAMBDA {
+              for (int64_t u = 0; u < 4; ++u) {
+                store<kStreamed>(d + four.offset(u), T::load(scale + four.lane(u)) * L::load(g + four.offset(u)));
+              }
             },
             [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
               store_some(d + i, T::load(scale + j) * load_some(g + i, rest), rest);
@@ -406,13 +454,12 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
         const Scalar* x = entry.input + piece.begin;
         for_vectors<L::width>(
             piece.count, period,
-            [&](int64_t i, int64_t j) DSSP_INLINE_LAMBDA {
-              const Vector mean = T::load(entry.mean + piece.table + j), scale = T::load(entry.scale + piece.table + j);
-              const Vector constant = T::load(entry.constant + piece.table + j);
-              const Vector slope = T::load(entry.slope + piece.table + j);
+            [&](auto four) DSSP_INLINE_LAMBDA {
               for (int64_t u = 0; u < 4; ++u) {
-                const Vector deviation = L::load(x + i + u * period) - mean;
-                store<kStreamed>(d + i + u * period, scale * L::load(g + i + u * period) + (constant + slope * deviation));
+                const int64_t i = four.offset(u), j = piece.table + four.lane(u);
+                const Vector deviation = L::load(x + i) - T::load(entry.mean + j);
+                const Vector shift = T::load(entry.constant + j) + T::load(entry.slope + j) * deviation;
+                store<kStreamed>(d + i, T::load(entry.scale + j) * L::load(g + i) + shift);
               }
             },
             [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
