@@ -22,7 +22,8 @@ def deterministic(enabled: bool) -> Iterator[None]:
     """Inside, if ``enabled``, torch and cuDNN use deterministic algorithms only; afterwards all is as it was.
 
     cuBLAS reads its part from the environment when it starts, so this comes before the first work on a GPU; once it
-    has, that part stays. Raises NotDeterministic where an operation has no such algorithm, or cuBLAS was started otherwise.
+    has, that part stays. Raises NotDeterministic where an operation has no such algorithm, and where cuBLAS was started
+    otherwise.
     """
     if not enabled:
         yield
