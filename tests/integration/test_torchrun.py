@@ -129,10 +129,10 @@ def test_run_that_lost_a_machine_ends_the_same_when_both_are_started_again(
     """As a scheduler does it that requeues the job: the same command, --resume was there from the start."""
     agents = [torchrun(tmp_path, *meeting, flags=("--resume",)) for _ in range(2)]
     wait_until(lambda: has_rows(tmp_path, 1))
+    for process in [process for agent in agents for process in (*workers(agent).values(), agent.pid)]:
+        with suppress(ProcessLookupError):  # the other machine's rank leaves by itself
+            os.kill(process, signal.SIGKILL)
     for agent in agents:
-        for process in (*workers(agent).values(), agent.pid):
-            with suppress(ProcessLookupError):  # the other machine's rank leaves by itself
-                os.kill(process, signal.SIGKILL)
         agent.communicate(timeout=60)
     assert not (tmp_path / "run" / "summary.json").exists()
     agents = [torchrun(tmp_path, *meeting, flags=("--resume",)) for _ in range(2)]
