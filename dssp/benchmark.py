@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dssp.genotype import AnyGenotype
 from dssp.spaces import CellSpace
 
 COLUMNS = ("cifar10_valid_12ep", "cifar10_test_12ep", "cifar10_test_200ep")  # accuracies in percent
+SHOWN = 200  # characters of a wrong table that a message repeats
 
 
 class Benchmark:
@@ -23,7 +25,7 @@ class Benchmark:
         space: what is searched; its genotypes must have arch strings.
 
     Raises ConfigError of the field `benchmark` for a table that cannot be read, lacks a column, holds something else
-    than numbers or a cell twice, and for a space without arch strings.
+    than finite numbers, a line without a cell or a cell twice, and for a space without arch strings.
     """
 
     def __init__(self, path: str, space: CellSpace) -> None:
@@ -36,7 +38,7 @@ class Benchmark:
         except OSError as error:  # gzip's own has no strerror
             raise _error(f"{path}: {error.strerror or error}") from None
         except (EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-            raise _error(f"{path}: unreadable ({error})") from None
+            raise _error(f"{path}: unreadable ({str(error)[:200]})") from None
 
     def __len__(self) -> int:
         return len(self._accuracies)
@@ -51,23 +53,33 @@ class Benchmark:
     def _read(self, rows: csv.DictReader[str]) -> dict[str, tuple[float, ...]]:
         headings = rows.fieldnames or []
         if missing := [name for name in ("arch", *COLUMNS) if name not in headings]:
-            raise _error(f"{self.path}: no column {', '.join(missing)}, got {', '.join(headings) or 'an empty file'}")
+            got = ", ".join(_shown(heading) for heading in headings)
+            raise _error(f"{self.path}: no column {', '.join(missing)}, got {got[:SHOWN] or 'an empty file'}")
         accuracies: dict[str, tuple[float, ...]] = {}
         for row in rows:
+            where, arch = f"{self.path}, line {rows.line_num}", row["arch"]
             try:
                 numbers = tuple(float(row[name] or "") for name in COLUMNS)
             except ValueError:
-                got = [row[name] for name in COLUMNS]
-                raise _error(f"{self.path}, line {rows.line_num}: expected numbers, got {got}") from None
-            if row["arch"] in accuracies:
-                raise _error(f"{self.path}, line {rows.line_num}: {row['arch']} came before")
-            accuracies[row["arch"]] = numbers
+                numbers = ()
+            if not numbers or not all(map(math.isfinite, numbers)):
+                raise _error(f"{where}: expected numbers, got {str([row[name] for name in COLUMNS])[:SHOWN]}")
+            if not arch:
+                raise _error(f"{where}: expected an arch string, got none")
+            if arch in accuracies:
+                raise _error(f"{where}: {_shown(arch)} came before")
+            accuracies[arch] = numbers
         return accuracies
 
 
 def open_benchmark(path: str | None, space: CellSpace) -> Benchmark | None:
     """The table at a path, None where there is none."""
     return None if path is None else Benchmark(path, space)
+
+
+def _shown(text: str) -> str:
+    """A text of the table as a message repeats it: in one line, and not all of a long one."""
+    return (text if text.isprintable() else repr(text))[:SHOWN]
 
 
 def _error(reason: str) -> ConfigError:

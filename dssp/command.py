@@ -15,6 +15,7 @@ from rich.console import Console
 
 from dssp.config import ConfigError
 from dssp.data import DataUnavailable
+from dssp.determinism import NotDeterministic, deterministic
 from dssp.distributed import RanksApart, is_main, joined, launched_ranks, local_rank, name, ranks
 from dssp.engine import Diverged, Interrupted
 from dssp.exporting import ExportFailed
@@ -47,6 +48,7 @@ FAILURES = (
     NetworkUnavailable,
     ExportFailed,
     OutOfMemory,
+    NotDeterministic,
     OneProcessOnly,
 )
 
@@ -85,6 +87,7 @@ def run_command(run: Callable[[Config, Console], Any], config: Config, *, many_r
         if not many_ranks and launched_ranks() > 1:
             raise OneProcessOnly(f"this command runs in one process, got {launched_ranks()}: start it with python")
         with (
+            deterministic(getattr(config, "deterministic", False)),  # before anything starts CUDA
             joined(getattr(config, "device", "cpu")),  # before the signals: who waits for the others may be ended
             on_signals(_interrupt),
             _quiet_writers(),

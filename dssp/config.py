@@ -96,6 +96,7 @@ EXIT_STATUS = (
     "SIGTERM, SIGINT or SIGUSR1 with everything saved: the same command with --resume continues. A second signal ends "
     "the process at once."
 )
+DETERMINISTIC = "only algorithms that give the same bits every time; ends where an operation has none"
 RESIZED = ("imagefolder", "fake")  # the data sets whose images have no size of their own
 NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
@@ -191,6 +192,7 @@ class _Config(_Fields):
     max_skipped_steps: int = option(
         20, "steps in a row skipped, as loss or gradient is not finite, before the run gives up", "run", low=1
     )
+    deterministic: bool = option(False, DETERMINISTIC, "run")
     threads: int | None = option(
         None, "CPU threads; default: torch's choice, for the tiny maps of digits 1", "run", low=1
     )
@@ -443,6 +445,7 @@ class EvaluateConfig(_Fields):
     data_path: str | None = option(None, "where they are; default: where those of the run were", "data")
     batch_size: int = option(256, "images per step", "data", low=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", "run")
+    deterministic: bool = option(False, DETERMINISTIC, "run")
     threads: int | None = option(None, "CPU threads; default: torch's choice", "run", low=1)
     workers: int = option(2, "threads that decode the images of an image folder", "run", low=1)
 

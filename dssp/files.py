@@ -13,7 +13,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write`` on a file beside ``path`` and move it there once it is complete and on the disk."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with staged.open("wb") as file:
+        with open(staged, "wb", opener=_no_link) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -21,6 +21,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         staged.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens what stands there itself: a folder that came from elsewhere may hold a link with this very name."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _sync_folder(folder: Path) -> None:

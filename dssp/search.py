@@ -63,6 +63,7 @@ def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
     """The retraining that a search ends with."""
     shared = (
         *("dataset", "data_path", "image_size", "space", "seed", "device", "precision", "sync_batch_norm"),
+        "deterministic",
         *("run_dir", "resume", "checkpoint_every", "max_skipped_steps", "threads", "workers"),
     )
     sizes = ("epochs", "batch_size", "channels", "cells")

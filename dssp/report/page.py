@@ -18,7 +18,7 @@ from dssp.report.candidates import heat_maps
 from dssp.report.cells import FAMILIES, draw_cell, family
 from dssp.report.charts import Frame, Line, line_chart
 from dssp.report.course import course
-from dssp.report.run_folder import Edge, Epoch, Removal, Run, read_run_folder
+from dssp.report.run_folder import LARGEST, Edge, Epoch, Removal, Run, read_run_folder
 from dssp.report.svg import state_name
 from dssp.report.template import environment, write_page
 from dssp.report.units import DASH, count, duration, percent
@@ -216,8 +216,10 @@ def _gate_groups(run: Run, removals: Sequence[Removal], which: str, strategy: st
     values = [gate for epoch in run.epochs for gate in getattr(epoch, which).values() if gate is not None]
     if not values:
         return []
-    threshold = run.config.get("prune_threshold") if run.config.get("prune_strategy") == strategy else None
-    level = ("threshold", float(threshold)) if isinstance(threshold, int | float) else None
+    threshold = (
+        _plain_number(run.config.get("prune_threshold")) if run.config.get("prune_strategy") == strategy else None
+    )
+    level = ("threshold", threshold) if threshold is not None else None
     shown = [*values, level[1]] if level else values
     frame = _frame(run.epochs, 270, 190, ticks(min(shown), max(shown)), level=level, right=46)
     ends = {removal.edge: removal.epoch for removal in removals}
@@ -227,6 +229,11 @@ def _gate_groups(run: Run, removals: Sequence[Removal], which: str, strategy: st
         figures = [_node_figure(run, cell, node, which, frame, ends) for node in nodes]
         groups.append((display_name(cell), figures))
     return groups
+
+
+def _plain_number(value: Any) -> float | None:
+    """A setting that a chart can show; None for one that is no number, or not within float32."""
+    return float(value) if type(value) in (int, float) and abs(value) < LARGEST else None
 
 
 def _node_figure(run: Run, cell: str, node: int, which: str, frame: Frame, ends: Mapping[Edge, int]) -> Figure:

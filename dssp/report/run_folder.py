@@ -11,6 +11,8 @@ from typing import Any
 
 from dssp.genotype import AnyGenotype, genotype_from_dict
 
+LARGEST = 1e39  # what a diverged search writes reaches beyond float32; charts need numbers that can be added
+
 
 class UnreadableRun(ValueError):
     """A run folder that cannot be read. The message names the file, the line, what came and what was expected."""
@@ -114,8 +116,7 @@ class _Fields:
         self.value, self.where = value, where
 
     def fail(self, key: str, expected: str, got: Any) -> UnreadableRun:
-        shown = repr(got)
-        return UnreadableRun(f"{self.where}: {key!r} must be {expected}, got {shown[:60]}{'...' * (len(shown) > 60)}")
+        return UnreadableRun(f"{self.where}: {key[:60]!r} must be {expected[:90]}, got {_shortened(repr(got), 60)}")
 
     def get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
         value = self.value.get(key)
@@ -147,7 +148,7 @@ class _Fields:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.fail(key, "a number or null", value)
-        return float(value) if abs(value) < 1e39 else None
+        return float(value) if abs(value) < LARGEST else None
 
     def as_text(self, key: str) -> str:
         if not isinstance(self.value, str):
@@ -161,6 +162,10 @@ class _Fields:
         if match is None:
             raise self.fail(key, "an edge such as " + ('"normal:0->2"' if cell is None else '"0->2"'), name)
         return Edge(match[1], int(match[2]), int(match[3]))
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _parse(text: bytes, where: str) -> _Fields:
@@ -253,7 +258,7 @@ def _genotype(path: Path, summary: _Fields | None) -> AnyGenotype | None:
     try:
         return genotype_from_dict(fields)
     except ValueError as error:
-        raise UnreadableRun(f"{source.where}: {error}") from error
+        raise UnreadableRun(f"{source.where}: {_shortened(str(error), 300)}") from error
 
 
 def _summary(summary: _Fields) -> Summary:

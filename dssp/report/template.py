@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from dssp.files import write_atomically
 from dssp.report.units import DASH
 
 
@@ -29,9 +29,7 @@ def environment() -> Environment:
 
 def write_page(path: Path, html: str) -> Path:
     """Write a page, replacing it as a whole, and return its path."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(html, encoding="utf-8", errors="replace")  # JSON can hold lone surrogates, UTF-8 cannot
-    os.replace(unfinished, path)
+    write_atomically(path, lambda file: file.write(html.encode(errors="replace")))  # JSON can hold lone surrogates
     return path
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +141,25 @@ def test_step_that_is_not_finite_is_taken_back_on_the_device(captured: bool, at:
         state = [tensor for one in optimizers for entry in one.state.values() for tensor in entry.values()]
         assert all(tensor.isfinite().all() and (at or not tensor.any()) for tensor in state)
     assert all(value.isfinite().all() for value in search.supernet.state_dict().values())
+
+
+def test_deterministic_search_repeats_itself(tmp_path: Path) -> None:
+    """In processes of their own: cuBLAS must not have started before."""
+    flags = ["--dataset=fake", "--image-size=16", "--channels=8", "--cells=3", "--epochs=3", "--retrain-epochs=1"]
+    rows = []
+    for run in (tmp_path / "first", tmp_path / "second"):
+        command = [
+            sys.executable,
+            "-m",
+            "dssp.search",
+            *flags,
+            "--device=cuda",
+            "--deterministic",
+            "--run-dir",
+            str(run),
+        ]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = [*(run / "metrics.jsonl").open(), *(run / "retrain.jsonl").open()]
+        rows.append([{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in lines])
+    assert rows[0] == rows[1]

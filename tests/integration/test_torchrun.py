@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +104,43 @@ def test_torchrun_that_is_asked_to_stop_leaves_a_run_that_continues(whole: Path,
     assert agent.returncode == 0 and rows(tmp_path) == rows(whole), said
 
 
-def test_two_machines_search_as_one_with_two_ranks_does(whole: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def meeting() -> list[str]:
+    """What two machines of one rank each are told, so that they meet; whoever comes first keeps the store."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    agents = [torchrun(tmp_path, *meeting, "--rdzv-id=1", "--local-addr=127.0.0.1") for _ in range(2)]
+    place = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=1", "--local-addr=127.0.0.1"]
+    return ["--nnodes=2", "--nproc-per-node=1", *place]
+
+
+def test_two_machines_search_as_one_with_two_ranks_does(whole: Path, tmp_path: Path, meeting: list[str]) -> None:
+    agents = [torchrun(tmp_path, *meeting) for _ in range(2)]
     for agent in agents:
         said, _ = agent.communicate(timeout=170)
         assert agent.returncode == 0, said
     assert rows(tmp_path) == rows(whole)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["ranks"] == 2
+
+
+def test_run_that_lost_a_machine_ends_the_same_when_both_are_started_again(
+    whole: Path, tmp_path: Path, meeting: list[str]
+) -> None:
+    """As a scheduler does it that requeues the job: the same command, --resume was there from the start."""
+    agents = [torchrun(tmp_path, *meeting, flags=("--resume",)) for _ in range(2)]
+    wait_until(lambda: has_rows(tmp_path, 1))
+    for process in [process for agent in agents for process in (*workers(agent).values(), agent.pid)]:
+        with suppress(ProcessLookupError):  # the other machine's rank leaves by itself
+            os.kill(process, signal.SIGKILL)
+    for agent in agents:
+        agent.communicate(timeout=60)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    agents = [torchrun(tmp_path, *meeting, flags=("--resume",)) for _ in range(2)]
+    for agent in agents:
+        said, _ = agent.communicate(timeout=170)
+        assert agent.returncode == 0, said
+    assert rows(tmp_path) == rows(whole)
+    assert (tmp_path / "run" / "genotype.json").read_bytes() == (whole / "run" / "genotype.json").read_bytes()
 
 
 def test_run_that_torchrun_may_restart_needs_a_name(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
-"""Whatever text arrives as command line, configuration or genotype: the documented error, or a value."""
+"""Whatever arrives as command line, configuration, genotype or benchmark table: the documented error, or a value."""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dssp.arch_genotype import ArchGenotype
+from dssp.benchmark import COLUMNS, Benchmark
 from dssp.command import GenotypeUnavailable
-from dssp.config import RetrainConfig, SearchConfig, parse_search
+from dssp.config import ConfigError, RetrainConfig, SearchConfig, parse_search
 from dssp.retrain import read_genotype
+from dssp.spaces import NASBENCH201
 
 FIELDS = sorted(SearchConfig().to_dict())
 FLAGS = [f"--{name.replace('_', '-')}" for name in FIELDS]
@@ -79,3 +86,51 @@ def test_genotype_file_is_read_or_refused_in_one_line(content: bytes, tmp_path: 
         read_genotype(str(path))
     except GenotypeUnavailable as error:
         assert str(error).startswith("--genotype: ")
+
+
+SKIPS = "|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|skip_connect~2|"
+cells = st.sampled_from(["91.5", "0", "nan", "inf", "-1e999", "", SKIPS, "=1+1", "x" * 140_000, "a\nb", '"', "\0", "é"])
+headings = st.permutations(["arch", *COLUMNS, "index"]) | st.lists(
+    st.sampled_from(["arch", *COLUMNS, "index", "", "\n", "y" * 140_000]), max_size=6
+)
+
+
+@st.composite
+def tables(draw: Any) -> bytes:
+    """Well-formed or nearly, any text in any column, in the encoding that is expected or another."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator=draw(st.sampled_from(["\n", "\r\n"])))
+    names = draw(headings)
+    writer.writerow(names)
+    for i in range(draw(st.integers(0, 3))):
+        row = [SKIPS.replace("~0", "~0" * i) if name == "arch" else f"{i}.5" for name in names]
+        if row and draw(st.booleans()):
+            row[draw(st.integers(0, len(row) - 1))] = draw(cells)
+        writer.writerow(row[: draw(st.integers(0, len(row)))] if draw(st.booleans()) else row)
+    return text.getvalue().encode(draw(st.sampled_from(["utf-8", "utf-8", "utf-16", "latin-1"])))
+
+
+def cut_or_flipped(draw: Any, content: bytes) -> bytes:
+    place = draw(st.integers(0, len(content)))
+    if draw(st.booleans()):
+        return content[:place]
+    return content[:place] + draw(st.binary(max_size=3)) + content[place + 1 :]
+
+
+@settings(QUIET, max_examples=200)
+@given(data=st.data(), name=st.sampled_from(["table.csv", "table.csv.gz"]))
+def test_benchmark_table_is_read_or_refused_in_one_line(data: st.DataObject, name: str, tmp_path: Path) -> None:
+    content = data.draw(tables() | st.binary(max_size=60))
+    if name.endswith(".gz") and data.draw(st.sampled_from([True, True, True, False])):
+        content = gzip.compress(content, mtime=0)
+    if data.draw(st.booleans()):
+        content = cut_or_flipped(data.draw, content)
+    (tmp_path / name).write_bytes(content)
+    try:
+        benchmark = Benchmark(str(tmp_path / name), NASBENCH201)
+        accuracies = benchmark.tabulated(ArchGenotype.from_text(SKIPS))
+    except ConfigError as error:
+        assert error.field == "benchmark" and error.reason.isprintable()
+        assert error.reason.startswith(str(tmp_path / name)) and len(error.reason) < len(str(tmp_path)) + 700
+    else:
+        assert tuple(accuracies) == COLUMNS and all(map(math.isfinite, accuracies.values()))
