@@ -33,7 +33,7 @@ def derive(
     """
     space = supernet.space
     cells = {}
-    for cell_type in space.cell_types:
+    for cell_type in supernet.cell_types:
         limit = max_skips if cell_type == "normal" else None
         strengths = _strengths(supernet, cell_type, weights)
         cell = _derive_cell(supernet, strengths, max_edges_per_node)

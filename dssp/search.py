@@ -50,6 +50,7 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
         cells=config.cells,
         classes=len(data.classes),
         image_channels=data.image_shape[0],
+        stem=config.stem,
         gated=method.gated,
         weighs_edges=method.weighs_edges,
         edges=method.edges,
@@ -62,7 +63,7 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
 def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
     """The retraining that a search ends with."""
     shared = (
-        *("dataset", "data_path", "image_size", "space", "seed", "device", "precision", "sync_batch_norm"),
+        *("dataset", "data_path", "image_size", "space", "stem", "seed", "device", "precision", "sync_batch_norm"),
         *("run_dir", "resume", "checkpoint_every", "max_skipped_steps", "threads", "workers"),
     )
     sizes = ("epochs", "batch_size", "channels", "cells")
