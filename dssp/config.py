@@ -81,7 +81,7 @@ SPACE_PRESETS: dict[str, dict[str, dict[str, tuple[Any, Any]]]] = {
         "chain": {"channels": (8, 16), "cells": (None, None)},  # the genotype says how many
     },
 }
-IMAGENET_PRESETS = {"channels": 48, "cells": 14}  # DARTS' derived network behind its ImageNet stem (its section 3.3)
+IMAGENET_PRESETS = {"channels": 48, "cells": 14}  # DARTS' derived network behind its ImageNet stem
 IMAGENET_SIZE = 128  # from so many pixels on
 
 GROUPS = {
