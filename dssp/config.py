@@ -305,6 +305,20 @@ class SearchConfig(_Config):
         "search",
         low=0,
     )
+    max_params: int | None = option(
+        None,
+        "parameters that the derived network may have, built as it will be retrained (--retrain-channels and -cells), "
+        "auxiliary head aside: the strongest architecture that fits is derived, of hard paths the best that fits; "
+        "default: any number",
+        "search",
+        low=1,
+    )
+    max_flops: int | None = option(
+        None,
+        "FLOPs per image that it may need, a multiply-add counted as two; default: any number",
+        "search",
+        low=1,
+    )
     zero_one_weight: float = option(10.0, "weight of the zero-one loss (method fair-darts)", "search", low=0)
     sigmoid_threshold: float = option(
         0.85, "sigmoid that a candidate must reach to be derived (method fair-darts)", "search", low=0, high=1

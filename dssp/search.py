@@ -20,7 +20,7 @@ from dssp.distributed import check_same, checksum, in_turn, is_main, on_main, ra
 from dssp.engine import Callback, Engine
 from dssp.files import write_json
 from dssp.fingerprint import fingerprint
-from dssp.genotype import load_genotype, save_genotype
+from dssp.genotype import AnyGenotype, load_genotype, save_genotype
 from dssp.memory import memory_named
 from dssp.methods import METHODS
 from dssp.report import write_report
@@ -115,11 +115,14 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
             TensorBoard(folder / "tensorboard", edges),
             ProgressBar(console, active_edges=len(supernet.live_edges())),
         ]
+    if search.method.budget is not None:
+        search.derived()  # raises before hours have passed, if nothing fits at all
     engine = Engine(search, callbacks, max_skipped_steps=config.max_skipped_steps)
     with memory_named("search", config.batch_size):
         engine.fit()
 
     genotype = search.derived()
+    _check_fits(search, genotype)
     if is_main():
         save_genotype(folder / "genotype.json", genotype, space=config.space, method=config.method, seed=config.seed)
     with memory_named("retraining", config.retrain_batch_size, "--retrain-"):
@@ -133,6 +136,14 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
             console=console,
         )
     return on_main(lambda: _finish(folder, console, search, engine, metrics, result))
+
+
+def _check_fits(search: BilevelSearch, genotype: AnyGenotype) -> None:
+    """Raises ConfigError for what was derived under another budget than that with which the run continues."""
+    space, budget = search.supernet.space, search.method.budget
+    if budget is not None and not budget.admits(space, genotype):
+        (name, limit), cost = next(iter(budget.limits.items())), budget.cost(space, genotype)
+        raise ConfigError(name, f"the paths were compared before under another limit, got {limit}; chosen costs {cost}")
 
 
 def _finish(

@@ -89,7 +89,7 @@ class Dssp(DsspPaper):
         row = super().end_epoch(epoch, step)
         row["dropped"] = self.candidates.end_epoch(epoch, step)
         if epoch + 1 == self.config.epochs and self.paths.are_open:
-            row |= self.paths.compare(score)
+            row |= self.paths.compare(score, self.budget)
         return row
 
     def derived(self) -> AnyGenotype:

@@ -48,7 +48,7 @@ class FairDarts(Method):
 
     def derivation_weights(self, cell_type: str) -> Tensor:
         weights, space = self._live_weights(cell_type), self.supernet.space
-        derivable = weights.where(weights >= self.config.sigmoid_threshold, -1.0)
+        derivable = weights.where(weights >= self.config.sigmoid_threshold, weights - 1.0)
         for node in space.node_states:
             if space.has_shortcut(node):
                 continue
