@@ -97,13 +97,15 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     details = {"edges": edges, "operations": list(supernet.space.operations)}
     details["data"] = fingerprint(data)
     check_same({"data set": details["data"], "initial weights": checksum(supernet.parameters())}, "start")
+    search = BilevelSearch(config, supernet, searched, benchmark)
+    if search.method.budget is not None:
+        search.derived()  # raises before there is a run, if nothing fits at all
     folder = open_run_folder(config, config.method, details)
     if (finished := on_main(lambda: finished_summary(folder))) is not None:
         if is_main():
             console.print(f"{folder} is finished, nothing is left to do", highlight=False, soft_wrap=True)
             print_summary(console, finished, load_genotype(folder / "genotype.json"), folder, write_report(folder))
         return finished
-    search = BilevelSearch(config, supernet, searched, benchmark)
     metrics = MetricsLog(folder / "metrics.jsonl")
     callbacks: list[Callback] = [
         Interruption(),
@@ -115,8 +117,6 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
             TensorBoard(folder / "tensorboard", edges),
             ProgressBar(console, active_edges=len(supernet.live_edges())),
         ]
-    if search.method.budget is not None:
-        search.derived()  # raises before hours have passed, if nothing fits at all
     engine = Engine(search, callbacks, max_skipped_steps=config.max_skipped_steps)
     with memory_named("search", config.batch_size):
         engine.fit()

@@ -203,7 +203,7 @@ def test_strongest_path_that_fits_is_where_the_comparison_begins(
     small_paths: tuple[PathSpace, AffordablePaths],
 ) -> None:
     every, affordable = small_paths
-    weights = every.supernet.mixture("stage1").weights
+    weights = every.supernet.mixture("stage1").weights.detach()
 
     def strength(path: Any) -> float:
         return sum(float(weights[e, k]) for e, k in enumerate(path))
