@@ -12,7 +12,9 @@ from dssp_kernels import FusedMixedEdge
 
 
 def darts_edge(channels: int, device: torch.device) -> FusedMixedEdge:
-    candidates: list[nn.Module] = [OPERATIONS[name](channels, 1, False) for name in DARTS.operations if name != "none"]
+    candidates: list[nn.Module] = [
+        OPERATIONS[name](channels, channels, 1, False) for name in DARTS.operations if name != "none"
+    ]
     return FusedMixedEdge(candidates).to(device).to(memory_format=torch.channels_last)
 
 

@@ -26,6 +26,7 @@ class ArchGenotype:
 
     space: ClassVar[str] = "nasbench201"
     inputs: ClassVar[int] = 1
+    shortcuts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.normal, tuple) or len(self.normal) != NODES:

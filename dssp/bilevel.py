@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dssp.architect import Architect
 from dssp.benchmark import Benchmark
+from dssp.budget import Budget
 from dssp.capture import CapturedStep
 from dssp.config import SearchConfig
 from dssp.data import DataSet, keyed_generator
@@ -60,6 +61,7 @@ class BilevelSearch:
         self.epochs = config.epochs
         self.early_stopping = EarlyStopping()
         self.method = METHODS[config.method](config, supernet, self._held_out_losses)
+        self.method.budget = self._budget()
         self.weights = supernet.weights()
         self.optimizer = sgd(
             self.weights, lr=config.weight_lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -76,6 +78,22 @@ class BilevelSearch:
         self._uncaptured = GuardedStep(self._step, supernet)
         self.captured = CapturedStep(GuardedStep(self._captured_step, supernet), enabled=not config.no_cuda_graphs)
         self.held_out = data.valid.sample(config.held_out, seed=config.seed)
+
+    def _budget(self) -> Budget | None:
+        config = self.config
+        limits = {"max_params": config.max_params, "max_flops": config.max_flops}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        if not given:
+            return None
+        return Budget.of(
+            self.supernet.space,
+            given,
+            channels=config.retrain_channels,
+            cells=config.retrain_cells,
+            classes=len(self.data.classes),
+            image_shape=self.data.image_shape,
+            stem=config.stem,
+        )
 
     def derived(self) -> AnyGenotype:
         """What the search would end in if it ended now."""

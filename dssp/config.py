@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "batch_size": (64, 64),
         "channels": (8, 16),
         "cells": (3, 8),
+        "stem": (None, None),  # by image size, see _Config
         "alpha_lr": (3e-3, 3e-4),
         "mask_lr": (0.1, 3e-3),
         "warmup_epochs": (2, 15),
@@ -44,6 +45,7 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "batch_size": (64, 96),
         "channels": (16, 36),
         "cells": (3, 20),
+        "stem": (None, None),
         "threads": (1, None),
         **dict.fromkeys(DARTS_RECIPE, (0, None)),  # None: by space too, see RetrainConfig
     },
@@ -64,9 +66,23 @@ SPACE_PRESETS: dict[str, dict[str, dict[str, tuple[Any, Any]]]] = {
             "retrain_channels": (16, 16),
             "retrain_cells": (2, 5),
         },
+        "chain": {
+            "nodes": (3, 4),
+            "max_edges_per_node": (1, 1),
+            "cells": (3, 6),
+            "edge_budget": (0.7, 0.75),
+            "retrain_channels": (8, 16),
+            "retrain_cells": (3, 6),
+        },
     },
-    "RetrainConfig": {"darts": {}, "nasbench201": {"channels": (16, 16), "cells": (2, 5)}},
+    "RetrainConfig": {
+        "darts": {},
+        "nasbench201": {"channels": (16, 16), "cells": (2, 5)},
+        "chain": {"channels": (8, 16), "cells": (None, None)},  # the genotype says how many
+    },
 }
+IMAGENET_PRESETS = {"channels": 48, "cells": 14}  # DARTS' derived network behind its ImageNet stem
+IMAGENET_SIZE = 128  # from so many pixels on
 
 GROUPS = {
     "data": "what to learn from",
@@ -168,9 +184,24 @@ class _Config(_Fields):
         None, "side in pixels of the square that images become (imagefolder, fake; default 32)", "data", low=1
     )
     batch_size: int = option(None, "images per step and rank", "data", low=1)
-    space: Literal["darts", "nasbench201"] | None = option(None, "search space; default: that of the genotype", "model")
+    space: Literal["darts", "nasbench201", "chain"] | None = option(
+        None, "search space; default: that of the genotype", "model"
+    )
     channels: int = option(None, "channels of the first cells", "model", low=1)
-    cells: int = option(None, "cells in the network; nasbench201: in each of its three stages", "model", low=1)
+    cells: int = option(
+        None,
+        "cells in the network; nasbench201: in each of its three stages; chain: stages, up to 6, each with layers "
+        "of its own; the retraining has those of the genotype",
+        "model",
+        low=1,
+    )
+    stem: Literal["cifar", "imagenet"] = option(
+        None,
+        "how images enter: cifar at full size; imagenet an eighth of it (darts: its two stems) or a half (chain); "
+        f"default: imagenet where --image-size is {IMAGENET_SIZE} or more, but for nasbench201, which has cifar only; "
+        "with it darts derives a network of 48 channels and 14 cells by default",
+        "model",
+    )
     seed: int = option(0, "fixes split, initial weights, order and augmentation", "run", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", "run")
     precision: Literal["float32", "bfloat16"] = option(
@@ -203,19 +234,29 @@ class _Config(_Fields):
         _check_device(self.device)
         if self.image_size is not None and self.dataset not in RESIZED:
             raise ConfigError("image_size", f"only {' and '.join(RESIZED)} are resized, got dataset {self.dataset}")
+        if self.space == "nasbench201" and self.stem == "imagenet":
+            raise ConfigError("stem", "space nasbench201 has cifar only, got imagenet")
+        if self.space == "chain" and self.cells is not None and self.cells > 6:
+            raise ConfigError("cells", f"space chain has up to 6 stages, got {self.cells}")
 
     def _presets(self) -> dict[str, Any]:
         column, kind = 0 if self.dataset == "digits" else 1, type(self).__name__
-        presets = {**PRESETS[kind], **SPACE_PRESETS[kind].get(self.space or "", {})}
-        return {field: values[column] for field, values in presets.items()}
+        rows = {**PRESETS[kind], **SPACE_PRESETS[kind].get(self.space or "", {})}
+        presets = {field: values[column] for field, values in rows.items()}
+        large = self.space != "nasbench201" and (self.image_size or 0) >= IMAGENET_SIZE
+        presets["stem"] = "imagenet" if large else "cifar"
+        if self.space == "darts" and (self.stem or presets["stem"]) == "imagenet":
+            prefix = "retrain_" if "retrain_cells" in presets else ""
+            presets |= {f"{prefix}{name}": value for name, value in IMAGENET_PRESETS.items()}
+        return presets
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(_Config):
     """Everything that decides a search."""
 
-    space: Literal["darts", "nasbench201"] = option("darts", "search space", "model")
-    nodes: int = option(None, "nodes per cell beside its inputs", "model", low=1)
+    space: Literal["darts", "nasbench201", "chain"] = option("darts", "search space", "model")
+    nodes: int = option(None, "nodes per cell beside its inputs; chain: layers per stage", "model", low=1)
     method: Literal["dssp", "dssp-paper", "darts", "pc-darts", "fair-darts", "snas", "gdas", "random"] = option(
         "dssp",
         "dssp: a mask per edge, edges and candidates leave by measured effect, then hard paths train; dssp-paper: "
@@ -265,6 +306,20 @@ class SearchConfig(_Config):
         "that derive a hard path",
         "search",
         low=0,
+    )
+    max_params: int | None = option(
+        None,
+        "parameters that the derived network may have, built as it will be retrained (--retrain-channels and -cells), "
+        "auxiliary head aside: the strongest architecture that fits is derived, of hard paths the best that fits; "
+        "default: any number",
+        "search",
+        low=1,
+    )
+    max_flops: int | None = option(
+        None,
+        "FLOPs per image that it may need, a multiply-add counted as two; default: any number",
+        "search",
+        low=1,
     )
     zero_one_weight: float = option(10.0, "weight of the zero-one loss (method fair-darts)", "search", low=0)
     sigmoid_threshold: float = option(
@@ -340,6 +395,8 @@ class SearchConfig(_Config):
             raise ConfigError("channels", f"method pc-darts mixes a quarter of them, got {self.channels}")
         if self.space == "nasbench201" and self.nodes not in (None, 3):
             raise ConfigError("nodes", f"space nasbench201 has 3 beside its input, got {self.nodes}")
+        if self.space == "chain":
+            self._check_chain()
         if self.method not in PRUNING_METHODS and self.prune_strategy not in (None, "none"):
             raise ConfigError("prune_strategy", f"method {self.method} prunes nothing, got {self.prune_strategy}")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -353,9 +410,20 @@ class SearchConfig(_Config):
                     "path_epochs", f"expected at most the {left} epochs after warm-up, got {self.path_epochs}"
                 )
 
+    def _check_chain(self) -> None:
+        if self.method == "pc-darts":
+            raise ConfigError("method", "pc-darts needs edges that keep the width, those of space chain change it")
+        if self.max_skips is not None:
+            raise ConfigError("max_skips", f"space chain has no skip connections to choose, got {self.max_skips}")
+        if None not in (self.cells, self.retrain_cells) and self.cells != self.retrain_cells:
+            expected = f"the {self.cells} stages of --cells, each has layers of its own"
+            raise ConfigError("retrain_cells", f"expected {expected}, got {self.retrain_cells}")
+
     def _presets(self) -> dict[str, Any]:
         """The presets of the data set; phases keep their share of the epochs, what a method does not do is off."""
         presets = super()._presets()
+        if self.space == "chain" and self.cells is not None:
+            presets["retrain_cells"] = self.cells
         if self.method not in PRUNING_METHODS:
             presets["prune_strategy"] = "none"
         if self.method not in (*PRUNING_METHODS, "pc-darts"):
@@ -423,9 +491,9 @@ class RetrainConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.space == "nasbench201" and self.auxiliary_weight:
+        if self.space in ("nasbench201", "chain") and self.auxiliary_weight:
             raise ConfigError(
-                "auxiliary_weight", f"space nasbench201 has no auxiliary head, expected 0, got {self.auxiliary_weight}"
+                "auxiliary_weight", f"space {self.space} has no auxiliary head, expected 0, got {self.auxiliary_weight}"
             )
 
     def _presets(self) -> dict[str, Any]:

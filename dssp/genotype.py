@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dssp.arch_genotype import ArchGenotype
+from dssp.chain_genotype import ChainGenotype
 from dssp.files import write_json
 
 Edge = tuple[str, int]
@@ -40,6 +41,7 @@ class Genotype:
 
     space: ClassVar[str] = "darts"
     inputs: ClassVar[int] = INPUTS
+    shortcuts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in CELL_FIELDS:
@@ -134,13 +136,24 @@ class Genotype:
         return cls(**fields)
 
 
-AnyGenotype = Genotype | ArchGenotype
+AnyGenotype = Genotype | ArchGenotype | ChainGenotype
+
+
+def with_shortcuts(genotype: AnyGenotype) -> dict[str, tuple[Cell, tuple[int, ...]]]:
+    """genotype.cells, a shortcut written as the edge `skip_connect` that it is: all that the cells compute."""
+    if not genotype.shortcuts:
+        return genotype.cells
+    first = genotype.inputs
+    return {
+        cell_type: ((nodes[0], *((*node, ("skip_connect", n)) for n, node in enumerate(nodes[1:], first))), concat)
+        for cell_type, (nodes, concat) in genotype.cells.items()
+    }
 
 
 def save_genotype(path: str | Path, genotype: AnyGenotype, *, space: str, method: str, seed: int) -> None:
     """Write genotype.json: {"space", "genotype", "method", "seed", "text"}.
 
-    `text` is DARTS' text or NAS-Bench-201's arch string, or null where that cannot say it.
+    `text` is DARTS' text, NAS-Bench-201's arch string or the layers of a chain, or null where that cannot say it.
     """
     text = text_or_none(genotype)
     content = {"space": space, "genotype": genotype.to_dict(), "method": method, "seed": seed, "text": text}
@@ -148,7 +161,7 @@ def save_genotype(path: str | Path, genotype: AnyGenotype, *, space: str, method
 
 
 def text_or_none(genotype: AnyGenotype) -> str | None:
-    """DARTS' text or NAS-Bench-201's arch string; None where that cannot say it."""
+    """genotype.to_text(); None where that cannot say it."""
     try:
         return genotype.to_text()
     except ValueError:
@@ -168,8 +181,8 @@ def load_with_space(path: str | Path) -> tuple[str, AnyGenotype]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         if not text.lstrip().startswith("{"):
-            genotype = ArchGenotype.from_text(text) if text.lstrip().startswith("|") else Genotype.from_text(text)
-            return genotype.space, genotype
+            found = ArchGenotype.from_text(text) if text.lstrip().startswith("|") else Genotype.from_text(text)
+            return found.space, found
         content = json.loads(text)
         if "genotype" not in content:
             raise ValueError(f"expected the field genotype, got {sorted(content)}")
@@ -184,8 +197,10 @@ def load_with_space(path: str | Path) -> tuple[str, AnyGenotype]:
 
 def genotype_from_dict(fields: object) -> AnyGenotype:
     """The genotype that its to_dict() wrote, of the kind that has these fields. Raises ValueError if it is none."""
-    is_arch = isinstance(fields, dict) and set(fields) == {"normal"}
-    return ArchGenotype.from_dict(fields) if is_arch else Genotype.from_dict(fields)
+    names = set(fields) if isinstance(fields, dict) else set()
+    if names == {"stages"}:
+        return ChainGenotype.from_dict(fields)
+    return ArchGenotype.from_dict(fields) if names == {"normal"} else Genotype.from_dict(fields)
 
 
 _CALL = re.compile(r"\bGenotype\(")

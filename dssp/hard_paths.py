@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dssp.affordable_paths import AffordablePaths
+from dssp.budget import Budget
 from dssp.config import SearchConfig
 from dssp.genotype import AnyGenotype
 from dssp.held_out import Losses
@@ -49,9 +51,11 @@ class HardPaths:
             return space.mixtures(tuple(None if k < 0 else k for k in noise["path"].tolist()))
         return space.mixtures(self._forced or space.strongest())
 
-    def compare(self, score: Callable[..., Score]) -> dict[str, Any]:
-        """Score paths and choose one; entries for the epoch's row of metrics."""
+    def compare(self, score: Callable[..., Score], budget: Budget | None) -> dict[str, Any]:
+        """Score paths, under a budget those that fit, and choose one; entries for the epoch's row of metrics."""
         space, config = self.open(), self.config
+        if budget is not None:
+            space = AffordablePaths(self.supernet, config.max_edges_per_node, budget)
         scores = score(space, self.losses_of, limit=config.scored_paths, seed=config.seed)
         sign = {"parsimony": -1, "loss": 0, "capacity": 1}[config.tie_break]
         self.chosen = select(scores, lambda path: sign * space.parameters(path))

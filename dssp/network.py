@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dssp.genotype import AnyGenotype, Cell
 from dssp.spaces import CellSpace
 from dssp.spaces import skeleton as skeletons
-from dssp.spaces.auxiliary import AuxiliaryHead
 from dssp.spaces.operations import Identity, build_operation
 from dssp.spaces.skeleton import BuildEdges, Edges, Tap
 
@@ -32,15 +31,23 @@ class CellNetwork(nn.Module):
         classes: int,
         image_channels: int,
         affine: bool,
+        stem: str = "cifar",
     ) -> None:
         super().__init__()
         sizes = {"channels": channels, "cells": cells, "classes": classes, "image_channels": image_channels}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: got {size}, expected at least 1")
-        skeleton = space.skeleton(edges, channels=channels, cells=cells, image_channels=image_channels, affine=affine)
+        if stem not in skeletons.STEMS:
+            raise ValueError(f"stem: got {stem!r}, expected one of {', '.join(skeletons.STEMS)}")
+        skeleton = space.skeleton(
+            edges, channels=channels, cells=cells, image_channels=image_channels, affine=affine, stem=stem
+        )
+        self.cell_types = space.types(cells)
         self._inputs, self.tap = skeleton.inputs, skeleton.tap
-        self.stem = skeleton.stem
+        self._stems = tuple(skeleton.stems)
+        for name, module in skeleton.stems.items():
+            self.add_module(name, module)
         self.cells = nn.ModuleList(skeleton.cells)
         self.lastact = skeleton.last
         self.classifier = nn.Linear(skeleton.channels, classes)
@@ -53,7 +60,7 @@ class CellNetwork(nn.Module):
         self, images: Tensor, architecture: Mapping[str, tuple[Any, ...]], *, tap: Tap | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """What the last cell puts out, and beside it what the cell of `tap` does."""
-        states, tapped = [self.stem(images)] * self._inputs, None
+        states, tapped = self._first_states(images), None
         for position, cell in enumerate(self.cells):
             if isinstance(cell, skeletons.Cell):
                 state = cell(*states, architecture=architecture.get(cell.cell_type, ()))
@@ -63,6 +70,13 @@ class CellNetwork(nn.Module):
             if tap is not None and position == tap.position:
                 tapped = state
         return states[-1], tapped
+
+    def _first_states(self, images: Tensor) -> list[Tensor]:
+        """What the first cell takes; of fewer stems than that, the first one's state several times."""
+        states: list[Tensor] = []
+        for name in self._stems:
+            states.append(self.get_submodule(name)(states[-1] if states else images))
+        return [states[0]] * (self._inputs - len(states)) + states
 
     def classify(self, features: Tensor) -> Tensor:
         """The logits of what the last cell puts out."""
@@ -91,7 +105,7 @@ class DropPath:
 
 
 class DerivedEdges(Edges):
-    """One operation per edge; a node sums its edges.
+    """One operation per edge; a node sums its edges, with `shortcuts` all but the first also the state before them.
 
     nodes: per node its edges (operation, source state); concat: the states that are the cell's output. A node without
     edges is zero, and has the size of the cell's inputs. `drop_path` acts on all operations but the skip connection of
@@ -106,21 +120,30 @@ class DerivedEdges(Edges):
         inputs: int,
         channels: int,
         stride: int,
+        c_in: int | None = None,
+        shortcuts: bool = False,
         drop_path: DropPath | None = None,
     ) -> None:
         super().__init__(
-            build_operation(name, channels, stride if source < inputs else 1) for node in nodes for name, source in node
+            build_operation(name, channels, *((stride, True, c_in) if source < inputs else (1,)))
+            for node in nodes
+            for name, source in node
         )
         self.sources = [[source for _, source in node] for node in nodes]
         self.concat = concat
+        self.shortcuts = shortcuts
         self.drop_path = drop_path or DropPath()
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         dropping = self.training and self.drop_path.probability > 0
-        scales = self.drop_path.scales(len(self), inputs[0]) if dropping else [None] * len(self)
+        scales = [*self.drop_path.scales(len(self), inputs[0])] if dropping else [None] * len(self)
+        if self.shortcuts:  # the first node has none, and nothing else to give
+            scales[: len(self.sources[0])] = [None] * len(self.sources[0])
         states, operations = list(inputs), zip(self, scales, strict=True)
         for sources in self.sources:
             terms = [_scaled(*next(operations), states[source]) for source in sources]
+            if self.shortcuts and len(states) > len(inputs):
+                terms.append(states[-1])
             states.append(sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(inputs[0]))
         return states
 
@@ -152,17 +175,25 @@ class DerivedNetwork(CellNetwork):
         cells: int,
         classes: int,
         image_channels: int = 3,
+        stem: str = "cifar",
         auxiliary: bool = False,
     ) -> None:
-        if genotype.cells.keys() != set(space.cell_types):
-            expected, got = " and ".join(space.cell_types), " and ".join(genotype.cells)
+        if genotype.cells.keys() != set(space.types(cells)):
+            expected, got = " and ".join(space.types(cells)), " and ".join(genotype.cells)
             raise ValueError(f"genotype: space {space.name} has cells {expected}, got {got}")
         drop_path = DropPath()
 
-        def edges(cell_type: str, channels: int, stride: int = 1) -> DerivedEdges:
+        def edges(cell_type: str, channels: int, stride: int = 1, c_in: int | None = None) -> DerivedEdges:
             nodes, concat = genotype.cells[cell_type]
             return DerivedEdges(
-                nodes, concat, inputs=space.inputs, channels=channels, stride=stride, drop_path=drop_path
+                nodes,
+                concat,
+                inputs=space.inputs,
+                channels=channels,
+                stride=stride,
+                c_in=c_in,
+                shortcuts=space.shortcuts,
+                drop_path=drop_path,
             )
 
         super().__init__(
@@ -173,6 +204,7 @@ class DerivedNetwork(CellNetwork):
             classes=classes,
             image_channels=image_channels,
             affine=True,
+            stem=stem,
         )
 
         self.drop_path = drop_path
@@ -180,7 +212,7 @@ class DerivedNetwork(CellNetwork):
         if auxiliary:  # last, so that the other weights start as they do without it
             if self.tap is None:
                 raise ValueError(f"auxiliary: space {space.name} has no place for an auxiliary head")
-            self.auxiliary_head = AuxiliaryHead(self.tap.channels, classes)
+            self.auxiliary_head = self.tap.head(self.tap.channels, classes)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if self.auxiliary_head is None or not self.training:

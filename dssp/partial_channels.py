@@ -25,10 +25,13 @@ class PartialEdges(SearchEdges):
     b_e * w_ek; those of an edge sum to b_e, so the sum is what the channels that pass by are multiplied by. All edges
     of a node are mixed in one kernel, what passes by them in another; the shuffle, which is linear, comes once, last.
 
-    Raises ValueError if a quarter of the channels is no whole number.
+    Raises ValueError if a quarter of the channels is no whole number, or the cell changes the width: no channel could
+    pass by.
     """
 
-    def __init__(self, space: CellSpace, channels: int, stride: int) -> None:
+    def __init__(self, space: CellSpace, channels: int, stride: int, c_in: int | None = None) -> None:
+        if c_in is not None:
+            raise ValueError(f"c_in: partial channels need edges that keep the width, got {c_in} to {channels}")
         if channels % SHARE:
             raise ValueError(f"channels: expected a multiple of {SHARE} for partial channels, got {channels}")
         super().__init__(space, channels // SHARE, stride)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -110,15 +110,7 @@ class PathSpace:
 
     def genotype(self, path: Path) -> AnyGenotype:
         """The derived cell that a path is."""
-        space, edges = self.supernet.space, len(self.supernet.space.edges)
-        cells: dict[str, list[list[Edge]]] = {}
-        for i, cell_type in enumerate(self.supernet.cell_types):
-            cells[cell_type] = []
-            for node in space.node_states:
-                kept = [(path[i * edges + e], space.edges[e][0]) for e in space.edges_into(node)]
-                operations = [(space.operations[k], source) for k, source in kept if k is not None]
-                cells[cell_type].append([edge for edge in operations if edge[0] != "none"])
-        return space.genotype.from_cells(cells, space.concat)
+        return genotype_of(self.supernet, path)
 
     def parameters(self, path: Path) -> int:
         """How many weights the path's candidates have in the supernet, over all cells: its capacity."""
@@ -130,19 +122,42 @@ class PathSpace:
         return total
 
     def _path(self, chosen: dict[int, int]) -> Path:
-        return tuple(chosen.get(e) for e in range(len(self.supernet.cell_types) * len(self.supernet.space.edges)))
+        return path_of(self.supernet, chosen)
+
+
+def path_of(supernet: Supernet, chosen: Mapping[int, int]) -> Path:
+    """The path of these candidates by edge, the other edges closed."""
+    return tuple(chosen.get(e) for e in range(len(supernet.cell_types) * len(supernet.space.edges)))
+
+
+def genotype_of(supernet: Supernet, path: Path) -> AnyGenotype:
+    """The derived cell that a path is."""
+    space, edges = supernet.space, len(supernet.space.edges)
+    cells: dict[str, list[list[Edge]]] = {}
+    for i, cell_type in enumerate(supernet.cell_types):
+        cells[cell_type] = []
+        for node in space.node_states:
+            kept = [(path[i * edges + e], space.edges[e][0]) for e in space.edges_into(node)]
+            operations = [(space.operations[k], source) for k, source in kept if k is not None]
+            cells[cell_type].append([edge for edge in operations if edge[0] != "none"])
+    return space.genotype.from_cells(cells, space.concat)
 
 
 def score_random(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, seed: int) -> Score:
-    """The held-out losses of all paths or, where there are more than ``limit``, of that many drawn uniformly."""
+    """The held-out losses of all paths or, where there are more than ``limit``, of that many drawn by space.draw().
+
+    Of fewer, where a budget leaves so few that 100 draws for each do not find them.
+    """
     if len(space) <= limit:
         return {path: losses(path) for path in space}
     generator = torch.Generator().manual_seed(seed)
     found: Score = {}
-    while len(found) < limit:  # there are more paths than that, so it ends
+    for _ in range(100 * limit):
         path = space.draw(generator)
         if path not in found:
             found[path] = losses(path)
+        if len(found) == limit:
+            break
     return found
 
 

@@ -7,6 +7,8 @@ that enter the same node, so that is what is compared:
 
     s_e = sigmoid(m_e) / mean over the live in-edges e' of e's node of sigmoid(m_e')
 
+(where nodes have shortcuts, over the live edges of e's cell: see CellSpace.gate_groups)
+
 Why gates only propose. A relative gate is still a learned parameter with noise in it. Under the default strategy it
 picks which edges to look at; the loss increase on fixed held-out images when an edge is masked decides which go.
 """
@@ -14,8 +16,8 @@ picks which edges to look at; the loss increase on fixed held-out images when an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,51 +61,54 @@ class PruningRules:
         return edges - round((1.0 - self.edge_budget) * edges * passed)
 
 
-def normalised_gates(gates: Sequence[float], nodes: Sequence[int], live: Sequence[bool]) -> list[float]:
-    """s_e = gate_e / mean of the live gates that enter the same node; 0 for edges that are gone."""
+def normalised_gates(gates: Sequence[float], groups: Sequence[Hashable], live: Sequence[bool]) -> list[float]:
+    """s_e = gate_e / mean of the live gates of the same group; 0 for edges that are gone."""
     result = []
-    for gate, node, is_live in zip(gates, nodes, live, strict=True):
-        peers = [g for g, n, alive in zip(gates, nodes, live, strict=True) if n == node and alive]
+    for gate, group, is_live in zip(gates, groups, live, strict=True):
+        peers = [g for g, other, alive in zip(gates, groups, live, strict=True) if other == group and alive]
         result.append(gate * len(peers) / sum(peers) if is_live and sum(peers) > 0 else float(is_live))
     return result
 
 
 @dataclass
 class GateTable:
-    """The live edges of a supernet with their gates, as one table over all cell types."""
+    """The live edges of a supernet with their gates, as one table over all cell types.
+
+    groups     within which gates are compared, by default the nodes.
+    shortcuts  the nodes that have one; it counts as an incoming edge that never leaves.
+    """
 
     names: list[str]
     nodes: list[tuple[str, int]]
     gates: list[float]
     live: list[bool]
+    groups: list[tuple[str, int]] = field(default_factory=list)
+    shortcuts: frozenset[tuple[str, int]] = frozenset()
     scores: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        index = {node: i for i, node in enumerate(dict.fromkeys(self.nodes))}
-        self.scores = normalised_gates(self.gates, [index[node] for node in self.nodes], self.live)
+        self.scores = normalised_gates(self.gates, self.groups or self.nodes, self.live)
 
     @classmethod
     def of(cls, supernet: Supernet) -> GateTable:
         types = supernet.cell_types
         gates = torch.cat([supernet.gates(type).cpu() for type in types]).tolist()
         live = torch.cat([supernet.active(type) for type in types]).tolist()
-        nodes = [(type, node) for type in types for _, node in supernet.space.edges]
-        return cls(list(supernet.edges()), nodes, gates, live)
+        space = supernet.space
+        nodes = [(type, node) for type in types for _, node in space.edges]
+        groups = [(type, group) for type in types for group in space.gate_groups]
+        shortcuts = frozenset((type, node) for type, node in nodes if space.has_shortcut(node))
+        return cls(list(supernet.edges()), nodes, gates, live, groups, shortcuts)
 
     def removable(self, min_edges: int) -> list[int]:
         """Positions of the edges whose node keeps at least ``min_edges`` without them, lowest score first."""
-        fan_in = {
-            node: sum(n == node and alive for n, alive in zip(self.nodes, self.live, strict=True))
-            for node in self.nodes
-        }
-        candidates = [i for i, alive in enumerate(self.live) if alive and fan_in[self.nodes[i]] > min_edges]
+        spare = self._spare(min_edges)
+        candidates = [i for i, alive in enumerate(self.live) if alive and spare[self.nodes[i]] > 0]
         return sorted(candidates, key=lambda i: self.scores[i])
 
     def proposals(self, min_edges: int, count: int) -> list[int]:
         """Lowest scores first: twice ``count``, and more where too many of those are edges that a node cannot spare."""
-        spare = {node: -min_edges for node in self.nodes}
-        for node, alive in zip(self.nodes, self.live, strict=True):
-            spare[node] += alive
+        spare = self._spare(min_edges)
         proposed: list[int] = []
         can_leave = 0
         for i in self.removable(min_edges):
@@ -114,17 +119,24 @@ class GateTable:
             spare[self.nodes[i]] -= 1
         return proposed
 
+    def _spare(self, min_edges: int) -> dict[tuple[str, int], int]:
+        """Per node how many edges it can lose and keep ``min_edges``."""
+        spare = {node: (node in self.shortcuts) - min_edges for node in self.nodes}
+        for node, alive in zip(self.nodes, self.live, strict=True):
+            spare[node] += alive
+        return spare
+
     def without(self, position: int) -> GateTable:
         """The table after that edge has left; the scores of its node change."""
         live = [alive and i != position for i, alive in enumerate(self.live)]
-        return GateTable(self.names, self.nodes, self.gates, live)
+        return replace(self, live=live)
 
 
 class Pruner:
     """Removes edges from a supernet as the rules say and remembers what left when.
 
-    Every node keeps at least ``min_edges`` >= 1 incoming edges, and sources come before nodes, so a path from the
-    cell's inputs to its output always remains.
+    Every node keeps at least ``min_edges`` >= 1 incoming edges, its shortcut counted among them, and sources come
+    before nodes, so a path from the cell's inputs to its output always remains.
     """
 
     def __init__(self, supernet: Supernet, rules: PruningRules, losses: Measure) -> None:

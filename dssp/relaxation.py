@@ -47,15 +47,15 @@ def softmax_per_node(logits: Tensor, live: Tensor, nodes: Tensor) -> Tensor:
     return torch.where(live, logits - total, -torch.inf).exp()
 
 
-def normalised_gates(mask: Tensor, live: Tensor, nodes: Tensor) -> Tensor:
-    """g_e = sigmoid(m_e) / mean of sigmoid(m_e') over the live edges e' into the same node; 0 for edges that are gone.
+def normalised_gates(mask: Tensor, live: Tensor, groups: Tensor) -> Tensor:
+    """g_e = sigmoid(m_e) / mean of sigmoid(m_e') over the live edges e' of the same group; 0 for edges that are gone.
 
     Args:
         mask: gate logits [E].
         live: bool [E].
-        nodes: the node that each edge enters, [E].
+        groups: the group of each edge, [E]: the node that it enters, or CellSpace.gate_groups.
     """
     gates = torch.where(live, mask.sigmoid(), 0.0)
-    same_node = (nodes.unsqueeze(0) == nodes.unsqueeze(1)).to(gates.dtype)
-    count = same_node @ live.to(gates.dtype)
-    return gates * count / (same_node @ gates).clamp_min(torch.finfo(gates.dtype).tiny)
+    same_group = (groups.unsqueeze(0) == groups.unsqueeze(1)).to(gates.dtype)
+    count = same_group @ live.to(gates.dtype)
+    return gates * count / (same_group @ gates).clamp_min(torch.finfo(gates.dtype).tiny)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dssp.benchmark import open_benchmark
 from dssp.callbacks import Checkpointing, Interruption, MetricsLog, ProgressBar, TensorBoard
+from dssp.chain_genotype import ChainGenotype
 from dssp.command import GenotypeUnavailable, choose_device, run_command
 from dssp.config import ConfigError, RetrainConfig, parse_retrain
 from dssp.cost import count_flops, count_parameters
@@ -27,7 +28,6 @@ from dssp.optimization import evaluate
 from dssp.retraining import Retraining
 from dssp.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
 from dssp.spaces import CellSpace, get_space
-from dssp.spaces.auxiliary import AuxiliaryHead
 from dssp.summary import tabulated_line
 from dssp.sync_batch_norm import synchronise_norms
 from dssp.trained import NAME, TrainedNetwork, save_trained
@@ -66,6 +66,7 @@ def retrain(
         cells=config.cells,
         classes=len(data.classes),
         image_channels=data.image_shape[0],
+        stem=config.stem,
         auxiliary=config.auxiliary_weight > 0,
     )
     _check_fits(config, network, data)
@@ -89,7 +90,7 @@ def retrain(
         ]
     engine = Engine(task, callbacks, max_skipped_steps=config.max_skipped_steps)
     engine.fit()
-    built = (space.name, genotype, config.channels, config.cells, data.classes, data.image_shape)
+    built = (space.name, genotype, config.channels, config.cells, config.stem, data.classes, data.image_shape)
     trained = TrainedNetwork(task.trained, *built, data.test.mean, data.test.std)
     accuracy = on_main(lambda: _tested_and_saved(trained, data, config, folder))  # with rank 0's running statistics
     return Retrained(test_accuracy=accuracy, seconds=engine.seconds, **cost)
@@ -110,7 +111,7 @@ def _check_fits(config: RetrainConfig, network: DerivedNetwork, data: DataSet) -
             "cutout", f"expected less than the {side} pixels of an image of {data.name}, got {config.cutout}"
         )
     if network.auxiliary_head is not None and network.tap is not None:
-        smallest, there = AuxiliaryHead.smallest, -(-side // 2**network.tap.halvings)
+        smallest, there = network.tap.head.smallest, -(-side // 2**network.tap.halvings)
         if there < smallest:
             raise ConfigError(
                 "auxiliary_weight",
@@ -142,6 +143,15 @@ def read_genotype(path: str) -> tuple[CellSpace, AnyGenotype]:
     return space, genotype
 
 
+def _cells(config: RetrainConfig, genotype: AnyGenotype) -> int | None:
+    """How many cells the network has: where each has its own architecture, as many as the genotype."""
+    if not isinstance(genotype, ChainGenotype) or config.cells == len(genotype.stages):
+        return config.cells
+    if config.cells is not None:
+        raise ConfigError("cells", f"the genotype has {len(genotype.stages)} stages, got {config.cells}")
+    return len(genotype.stages)
+
+
 def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
     """The whole command: a run folder with retrain.jsonl, checkpoints and summary.json; returns the summary."""
     config = after_restart(config)
@@ -149,7 +159,8 @@ def run(config: RetrainConfig, console: Console) -> dict[str, Any]:
     space, genotype = read_genotype(config.genotype)
     if config.space not in (None, space.name):
         raise ConfigError("space", f"the genotype is of space {space.name}, got {config.space}")
-    config = RetrainConfig.from_dict({**config.to_dict(), "space": space.name}).resolve()
+    config = RetrainConfig.from_dict({**config.to_dict(), "space": space.name, "cells": _cells(config, genotype)})
+    config = config.resolve()
     benchmark = open_benchmark(config.benchmark, space)
     tabulated = None if benchmark is None else benchmark.tabulated(genotype)
     device = choose_device(config.device, config.threads)

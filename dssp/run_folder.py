@@ -36,6 +36,7 @@ NOT_COMPARED = (
     "checkpoint_every",
     "max_skipped_steps",
     "jobs",
+    *("max_params", "max_flops"),  # of what is derived at the end: if nothing fits, the search need not be repeated
 )  # may differ when a run is continued
 
 

@@ -20,7 +20,7 @@ from dssp.distributed import check_same, checksum, in_turn, is_main, on_main, ra
 from dssp.engine import Callback, Engine
 from dssp.files import write_json
 from dssp.fingerprint import fingerprint
-from dssp.genotype import load_genotype, save_genotype
+from dssp.genotype import AnyGenotype, load_genotype, save_genotype
 from dssp.memory import memory_named
 from dssp.methods import METHODS
 from dssp.report import write_report
@@ -50,6 +50,7 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
         cells=config.cells,
         classes=len(data.classes),
         image_channels=data.image_shape[0],
+        stem=config.stem,
         gated=method.gated,
         weighs_edges=method.weighs_edges,
         edges=method.edges,
@@ -62,7 +63,7 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
 def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
     """The retraining that a search ends with."""
     shared = (
-        *("dataset", "data_path", "image_size", "space", "seed", "device", "precision", "sync_batch_norm"),
+        *("dataset", "data_path", "image_size", "space", "stem", "seed", "device", "precision", "sync_batch_norm"),
         "deterministic",
         *("run_dir", "resume", "checkpoint_every", "max_skipped_steps", "threads", "workers"),
     )
@@ -97,13 +98,15 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     details = {"edges": edges, "operations": list(supernet.space.operations)}
     details["data"] = fingerprint(data)
     check_same({"data set": details["data"], "initial weights": checksum(supernet.parameters())}, "start")
+    search = BilevelSearch(config, supernet, searched, benchmark)
+    if search.method.budget is not None:
+        search.derived()  # raises before there is a run, if nothing fits at all
     folder = open_run_folder(config, config.method, details)
     if (finished := on_main(lambda: finished_summary(folder))) is not None:
         if is_main():
             console.print(f"{folder} is finished, nothing is left to do", highlight=False, soft_wrap=True)
             print_summary(console, finished, load_genotype(folder / "genotype.json"), folder, write_report(folder))
         return finished
-    search = BilevelSearch(config, supernet, searched, benchmark)
     metrics = MetricsLog(folder / "metrics.jsonl")
     callbacks: list[Callback] = [
         Interruption(),
@@ -120,6 +123,7 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
         engine.fit()
 
     genotype = search.derived()
+    _check_fits(search, genotype)
     if is_main():
         save_genotype(folder / "genotype.json", genotype, space=config.space, method=config.method, seed=config.seed)
     with memory_named("retraining", config.retrain_batch_size, "--retrain-"):
@@ -133,6 +137,14 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
             console=console,
         )
     return on_main(lambda: _finish(folder, console, search, engine, metrics, result))
+
+
+def _check_fits(search: BilevelSearch, genotype: AnyGenotype) -> None:
+    """Raises ConfigError for what was derived under another budget than that with which the run continues."""
+    space, budget = search.supernet.space, search.method.budget
+    if budget is not None and not budget.admits(space, genotype):
+        (name, limit), cost = next(iter(budget.limits.items())), budget.cost(space, genotype)
+        raise ConfigError(name, f"the paths were compared before under another limit, got {limit}; chosen costs {cost}")
 
 
 def _finish(

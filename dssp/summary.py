@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dssp.genotype import AnyGenotype
+from dssp.genotype import AnyGenotype, with_shortcuts
 
 
 def step_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -19,7 +19,7 @@ def step_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def print_summary(console: Console, summary: dict[str, Any], genotype: AnyGenotype, folder: Path, report: Path) -> None:
     """The genotype, what was pruned and when, time per step, the derived network, and where everything is."""
-    for cell_type, (cell, _) in genotype.cells.items():
+    for cell_type, (cell, _) in with_shortcuts(genotype).items():
         table = Table(title=f"{cell_type} cell", title_justify="left", box=None)
         for node, cell_edges in enumerate(cell, start=genotype.inputs):
             terms = [f"{operation}({source})" for operation, source in cell_edges]

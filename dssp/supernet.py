@@ -19,25 +19,18 @@ from dssp_kernels import FusedMixedEdge, FusedMixedNode, SharedOutputs
 class SearchEdges(Edges):
     """All edges of a cell with all their candidates; one kernel per node mixes them."""
 
-    def __init__(self, space: CellSpace, channels: int, stride: int) -> None:
+    def __init__(self, space: CellSpace, channels: int, stride: int, c_in: int | None = None) -> None:
+        def candidate(name: str, source: int) -> nn.Module:
+            taken = (stride, c_in) if source < space.inputs else (1, None)
+            return build_candidate(name, channels, taken[0], c_in=taken[1], norms_after_pools=space.norms_after_pools)
+
         super().__init__(
             FusedMixedEdge(
-                (
-                    build_candidate(
-                        name,
-                        channels,
-                        stride if source < space.inputs else 1,
-                        norms_after_pools=space.norms_after_pools,
-                    )
-                    for name in space.operations
-                ),
-                alpha=False,
-                mask=False,
-                relaxation="given",
+                (candidate(name, source) for name in space.operations), alpha=False, mask=False, relaxation="given"
             )
             for source, _ in space.edges
         )
-        self.concat = space.concat
+        self.space, self.concat = space, space.concat
         # The edges are registered once, under DARTS' names; the nodes only group them.
         self._nodes = tuple(
             FusedMixedNode(self.mixed_edge(i) for i in space.edges_into(node)) for node in space.node_states
@@ -50,8 +43,14 @@ class SearchEdges(Edges):
     def forward(self, inputs: Sequence[Tensor], mixtures: Sequence[Mixture]) -> list[Tensor]:
         """mixtures: one per node, for its incoming edges."""
         states, shared = list(inputs), SharedOutputs()
-        for node, mixture in zip(self._nodes, mixtures, strict=True):
-            states.append(node(states, mixture.weights, None, shared, mixture.runs))
+        for state, node, mixture in zip(self.space.node_states, self._nodes, mixtures, strict=True):
+            sources = [states[source] for source in self.space.sources(state)]
+            has_shortcut = self.space.has_shortcut(state)
+            if has_shortcut and all(edge.is_pruned for edge in node.edges):
+                states.append(states[-1])
+                continue
+            mixed = node(sources, mixture.weights, None, shared, mixture.runs)
+            states.append(mixed + states[-1] if has_shortcut else mixed)
         return states
 
 
@@ -76,18 +75,20 @@ class Supernet(CellNetwork):
         cells: int,
         classes: int,
         image_channels: int = 3,
+        stem: str = "cifar",
         gated: bool = True,
         weighs_edges: bool = False,
         edges: type[SearchEdges] = SearchEdges,
     ) -> None:
         super().__init__(
             space,
-            lambda cell_type, channels, stride=1: edges(space, channels, stride),
+            lambda cell_type, channels, stride=1, c_in=None: edges(space, channels, stride, c_in),
             channels=channels,
             cells=cells,
             classes=classes,
             image_channels=image_channels,
             affine=False,
+            stem=stem,
         )
         self.space = space
         count, candidates = len(space.edges), len(space.operations)
@@ -100,12 +101,12 @@ class Supernet(CellNetwork):
         self.mask = nn.ParameterDict({type: nn.Parameter(torch.ones(count)) for type in self.cell_types if gated})
         for type in self.cell_types:  # on the device, so that the penalty needs no synchronisation
             self.register_buffer(f"active_{type}", torch.ones(count, dtype=torch.bool), persistent=False)
-            self.register_buffer(f"offered_{type}", torch.ones(count, candidates, dtype=torch.bool), persistent=False)
+            self.register_buffer(f"offered_{type}", self._first_offer(), persistent=False)
 
     def forward(self, images: Tensor, mixtures: Mapping[str, Mixture] | None = None) -> Tensor:
         if mixtures is None:
             mixtures = {type: self.mixture(type) for type in self.cell_types}
-        sizes = self.space.node_states  # node n has n incoming edges
+        sizes = [len(self.space.edges_into(node)) for node in self.space.node_states]
         return self.logits(images, {type: (mixture.split(sizes),) for type, mixture in mixtures.items()})
 
     def mixture(self, cell_type: str) -> Mixture:
@@ -113,10 +114,14 @@ class Supernet(CellNetwork):
         weights = softmax_over(self.alpha[cell_type], self.offered(cell_type))
         return Mixture(self.mask[cell_type].sigmoid().unsqueeze(1) * weights if self.mask else weights)
 
-    @property
-    def cell_types(self) -> tuple[str, ...]:
-        """The kinds of cells, each with an architecture of its own."""
-        return self.space.cell_types
+    def _first_offer(self) -> Tensor:
+        """All candidates, but `none` where a shortcut stands in for it elsewhere: there it would cut the only path."""
+        space = self.space
+        offer = torch.ones(len(space.edges), len(space.operations), dtype=torch.bool)
+        if space.shortcuts and "none" in space.operations:
+            k = space.operations.index("none")
+            offer[:, k] = torch.tensor([space.has_shortcut(node) for _, node in space.edges])
+        return offer
 
     # ---- parameters ------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ TYPES = {
     "genotype": dict,
     "channels": int,
     "cells": int,
+    "stem": str,
     "classes": list,
     "image_shape": list,
     "mean": Tensor,
@@ -48,7 +49,7 @@ class TrainedNetwork:
     """A trained network and what it was built from.
 
     network       in evaluation mode; its auxiliary head, if it has one, is not kept in files
-    space, genotype, channels, cells   as DerivedNetwork takes them
+    space, genotype, channels, cells, stem   as DerivedNetwork takes them
     classes       their names, in the order of the logits
     image_shape   (C, H, W) of the images it was trained on
     mean, std     per channel, float32 [C]: the network takes (pixel - mean) / std, pixels from 0 to 255 (digits: to 16)
@@ -59,6 +60,7 @@ class TrainedNetwork:
     genotype: AnyGenotype
     channels: int
     cells: int
+    stem: str
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     mean: Tensor
@@ -71,6 +73,7 @@ class TrainedNetwork:
             "genotype": self.genotype.to_dict(),
             "channels": self.channels,
             "cells": self.cells,
+            "stem": self.stem,
             "classes": list(self.classes),
             "image_shape": list(self.image_shape),
             "mean": self.mean.tolist(),
@@ -137,6 +140,7 @@ def _built(content: dict[str, Any]) -> TrainedNetwork:
             cells=content["cells"],
             classes=len(content["classes"]),
             image_channels=image_channels,
+            stem=content["stem"],
         )
     weights, expected_weights = content["state_dict"], network.state_dict()
     if weights.keys() != expected_weights.keys():
@@ -151,6 +155,7 @@ def _built(content: dict[str, Any]) -> TrainedNetwork:
         genotype,
         content["channels"],
         content["cells"],
+        content["stem"],
         tuple(content["classes"]),
         (image_channels, height, width),
         content["mean"],

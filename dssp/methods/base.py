@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dssp.budget import Budget
 from dssp.config import SearchConfig
 from dssp.derivation import derive
 from dssp.genotype import AnyGenotype
@@ -48,6 +49,7 @@ class Method:
         """`losses` gives the held-out losses of the supernet as this method mixes it."""
         self.config, self.supernet, self.losses = config, supernet, losses
         self.epoch = 0
+        self.budget: Budget | None = None  # of the derived network, where there is one
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -77,7 +79,7 @@ class Method:
         return softmax_over(self.supernet.alpha[cell_type], self.supernet.offered(cell_type))
 
     def derivation_weights(self, cell_type: str) -> Tensor:
-        """What the derivation ranks candidates and edges by (times the gates): [edges, candidates], < 0: never."""
+        """What the derivation ranks candidates and edges by (times the gates): [edges, candidates], see derive()."""
         return self.candidate_weights(cell_type)
 
     def penalty(self) -> Tensor:
@@ -111,7 +113,13 @@ class Method:
         """What the search would end in if it ended now."""
         weights = {type: self.derivation_weights(type) for type in self.supernet.cell_types}
         config = self.config
-        return derive(self.supernet, weights, max_edges_per_node=config.max_edges_per_node, max_skips=config.max_skips)
+        return derive(
+            self.supernet,
+            weights,
+            max_edges_per_node=config.max_edges_per_node,
+            max_skips=config.max_skips,
+            budget=self.budget,
+        )
 
     @property
     def history(self) -> list[dict[str, Any]]:

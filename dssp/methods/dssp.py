@@ -23,7 +23,8 @@ from dssp.supernet import Supernet
 class Dssp(DsspPaper):
     """The paper's masks, made to carry information, and a search that ends in what it was trained for.
 
-    1. Gates are relative: g_e = sigmoid(m_e) / mean over the live edges into the same node (see dssp.pruning for why).
+    1. Gates are relative: g_e = sigmoid(m_e) / mean over the live edges into the same node (see dssp.pruning for why;
+       where nodes have shortcuts, into the same cell: see CellSpace.gate_groups).
     2. Edges leave by ``prune_strategy``, candidates where masking them costs least (dssp.candidate_pruning), all in
        the first ``epochs - path_epochs`` epochs.
     3. Then alpha and masks are frozen, the learning rate starts again, and every step trains one hard path drawn
@@ -37,8 +38,7 @@ class Dssp(DsspPaper):
         self.candidates = CandidatePruner(
             supernet, CandidateSchedule(self.search_epochs, config.candidates_kept), losses
         )
-        nodes = torch.tensor([node for _, node in supernet.space.edges])
-        self._nodes = nodes.to(supernet.classifier.weight.device)
+        self._groups = torch.tensor(supernet.space.gate_groups, device=supernet.classifier.weight.device)
         self.paths = HardPaths(config, supernet, losses)
 
     @property
@@ -60,7 +60,7 @@ class Dssp(DsspPaper):
     def mixture(self, cell_type: str) -> Mixture:
         supernet = self.supernet
         weights = softmax_over(supernet.alpha[cell_type], supernet.offered(cell_type))
-        gates = normalised_gates(supernet.mask[cell_type], supernet.active(cell_type), self._nodes)
+        gates = normalised_gates(supernet.mask[cell_type], supernet.active(cell_type), self._groups)
         return Mixture(gates.unsqueeze(1) * weights)
 
     # ---- an epoch ----------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class Dssp(DsspPaper):
         row = super().end_epoch(epoch, step)
         row["dropped"] = self.candidates.end_epoch(epoch, step)
         if epoch + 1 == self.config.epochs and self.paths.are_open:
-            row |= self.paths.compare(score)
+            row |= self.paths.compare(score, self.budget)
         return row
 
     def derived(self) -> AnyGenotype:

@@ -18,8 +18,8 @@ class FairDarts(Method):
 
     which is added to the validation loss, ``zero_one_weight`` times (eq. 6). Derived is what reaches
     ``sigmoid_threshold``: of each edge the strongest candidate, of each node the strongest edges, down to a single
-    one, which a node keeps even where it does not (the paper's nodes may lose all); ``over_threshold`` in the epoch's
-    row counts what does. `none` is no candidate: a sigmoid near 0 says the same.
+    one, which a node keeps even where it does not (the paper's nodes may lose all; here, those with a shortcut);
+    ``over_threshold`` in the epoch's row counts what does. `none` is no candidate: a sigmoid near 0 says the same.
     """
 
     offers_none: ClassVar[bool] = False
@@ -48,8 +48,10 @@ class FairDarts(Method):
 
     def derivation_weights(self, cell_type: str) -> Tensor:
         weights, space = self._live_weights(cell_type), self.supernet.space
-        derivable = weights.where(weights >= self.config.sigmoid_threshold, -1.0)
+        derivable = weights.where(weights >= self.config.sigmoid_threshold, weights - 1.0)
         for node in space.node_states:
+            if space.has_shortcut(node):
+                continue
             first, last = space.edges_into(node)[0], space.edges_into(node)[-1] + 1
             best = int(weights[first:last].argmax()) + first * len(space.operations)
             derivable.view(-1)[best] = weights.view(-1)[best]

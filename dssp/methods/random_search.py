@@ -40,7 +40,7 @@ class RandomSearch(Method):
         return "paths"
 
     def end_epoch(self, epoch: int, step: int) -> dict[str, Any]:
-        return self.paths.compare(score_random) if epoch + 1 == self.config.epochs else {}
+        return self.paths.compare(score_random, self.budget) if epoch + 1 == self.config.epochs else {}
 
     def derived(self) -> AnyGenotype:
         return self.paths.genotype() or super().derived()

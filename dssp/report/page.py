@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dssp.genotype import AnyGenotype
+from dssp.genotype import AnyGenotype, with_shortcuts
 from dssp.report.axis import ticks
 from dssp.report.candidates import heat_maps
 from dssp.report.cells import FAMILIES, draw_cell, family
@@ -179,13 +179,13 @@ def drawn_cells(genotype: AnyGenotype | None) -> list[tuple[str, Markup]]:
         return []
     return [
         (display_name(key), draw_cell(cell, concat, f"Derived {display_name(key).lower()}", genotype.inputs))
-        for key, (cell, concat) in genotype.cells.items()
+        for key, (cell, concat) in with_shortcuts(genotype).items()
     ]
 
 
 def families(genotypes: Sequence[AnyGenotype | None]) -> dict[str, str]:
     """The legend: the families of operations that the genotypes have."""
-    cells = [nodes for genotype in genotypes if genotype for nodes, _ in genotype.cells.values()]
+    cells = [nodes for genotype in genotypes if genotype for nodes, _ in with_shortcuts(genotype).values()]
     present = {family(operation) for nodes in cells for node in nodes for operation, _ in node}
     return {key: name for key, name in FAMILIES.items() if key in present}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dssp.spaces.cell_space import CellSpace
+from dssp.spaces.chain import CHAIN
 from dssp.spaces.darts import DARTS
 from dssp.spaces.nasbench201 import NASBENCH201
 
-SPACES: dict[str, CellSpace] = {space.name: space for space in (DARTS, NASBENCH201)}
+SPACES: dict[str, CellSpace] = {space.name: space for space in (DARTS, NASBENCH201, CHAIN)}
 
 
 def get_space(name: str) -> CellSpace:
@@ -16,4 +17,4 @@ def get_space(name: str) -> CellSpace:
     return SPACES[name]
 
 
-__all__ = ["DARTS", "NASBENCH201", "SPACES", "CellSpace", "get_space"]
+__all__ = ["CHAIN", "DARTS", "NASBENCH201", "SPACES", "CellSpace", "get_space"]

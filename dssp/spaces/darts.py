@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dssp.genotype import Genotype
+from dssp.spaces.auxiliary import AuxiliaryHead, AuxiliaryHeadImageNet
 from dssp.spaces.cell_space import CellSpace
 from dssp.spaces.operations import FactorizedReduce, ReLUConvBN
 from dssp.spaces.skeleton import BuildEdges, Cell, Skeleton, Tap
@@ -50,15 +51,43 @@ def reduction_cells(cells: int) -> frozenset[int]:
     return frozenset({cells // 3, 2 * cells // 3})
 
 
-def darts_skeleton(edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool) -> Skeleton:
-    """DARTS' NetworkCIFAR: a 3x3 stem, `cells` cells in all; each reduction cell doubles the channels.
+def _cifar_stem(image_channels: int, channels: int) -> dict[str, nn.Module]:
+    """As large as the images, three times the channels of the first cell."""
+    width = STEM_MULTIPLIER * channels
+    return {"stem": nn.Sequential(nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))}
+
+
+def _imagenet_stems(image_channels: int, channels: int) -> dict[str, nn.Module]:
+    """A quarter and an eighth of the images' height and width, odd ones rounded up: the first cell's two inputs."""
+    half = max(channels // 2, 1)
+    return {
+        "stem0": nn.Sequential(
+            nn.Conv2d(image_channels, half, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(half),
+            nn.ReLU(),
+            nn.Conv2d(half, channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        ),
+        "stem1": nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        ),
+    }
+
+
+def darts_skeleton(
+    edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool, stem: str
+) -> Skeleton:
+    """DARTS' NetworkCIFAR or NetworkImageNet: stem, `cells` cells in all; each reduction cell doubles the channels.
 
     An auxiliary head goes where DARTS has it, on the second reduction cell.
     """
-    c_before = c_previous = STEM_MULTIPLIER * channels
-    stem = nn.Sequential(nn.Conv2d(image_channels, c_previous, 3, padding=1, bias=False), nn.BatchNorm2d(c_previous))
+    reduced_before = stem == "imagenet"
+    stems = (_imagenet_stems if reduced_before else _cifar_stem)(image_channels, channels)
+    c_before = c_previous = channels if reduced_before else STEM_MULTIPLIER * channels
+    halvings, head = (3, AuxiliaryHeadImageNet) if reduced_before else (0, AuxiliaryHead)
     built: list[DartsCell] = []
-    reduced_before = False
     for position in range(cells):
         reduction = position in reduction_cells(cells)
         channels *= 2 if reduction else 1
@@ -74,8 +103,8 @@ def darts_skeleton(edges: BuildEdges, *, channels: int, cells: int, image_channe
         built.append(cell)
         c_before, c_previous, reduced_before = c_previous, cell.channels, reduction
     reductions = reduction_cells(cells)
-    tap = Tap(max(reductions), built[max(reductions)].channels, halvings=len(reductions))
-    return Skeleton(stem, built, nn.Identity(), c_previous, inputs=2, tap=tap)
+    tap = Tap(max(reductions), built[max(reductions)].channels, halvings + len(reductions), head)
+    return Skeleton(stems, built, nn.Identity(), c_previous, inputs=2, tap=tap)
 
 
 DARTS = CellSpace(

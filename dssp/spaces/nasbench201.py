@@ -37,17 +37,22 @@ class ResidualBlock(nn.Module):
 
 
 def nasbench201_skeleton(
-    edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool
+    edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool, stem: str
 ) -> Skeleton:
-    """Three stages of `cells` cells (the paper's N), residual blocks between; `affine` is for the cells' norms."""
-    stem = nn.Sequential(nn.Conv2d(image_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+    """Three stages of `cells` cells (the paper's N), residual blocks between; `affine` is for the cells' norms.
+
+    Raises ValueError for another stem than cifar.
+    """
+    if stem != "cifar":
+        raise ValueError(f"stem: space nasbench201 has cifar only, got {stem}")
+    entry = nn.Sequential(nn.Conv2d(image_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
     built: list[nn.Module] = []
     for stage in range(3):
         if stage > 0:
             built.append(ResidualBlock(channels))
             channels *= 2
         built += [Nasbench201Cell(edges, channels) for _ in range(cells)]
-    return Skeleton(stem, built, nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), channels)
+    return Skeleton({"stem": entry}, built, nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), channels)
 
 
 NASBENCH201 = CellSpace(

@@ -140,41 +140,48 @@ class FactorizedReduce(nn.Module):
         return torch.cat([self.conv_1(even), self.conv_2(odd)], dim=1)
 
 
-def _skip_connect(channels: int, stride: int, affine: bool) -> nn.Module:
-    return Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
+def _skip_connect(c_in: int, c_out: int, stride: int, affine: bool) -> nn.Module:
+    return Identity() if stride == 1 else FactorizedReduce(c_in, c_out, affine)
 
 
-OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
-    "none": lambda channels, stride, affine: Zero(),
-    "max_pool_3x3": lambda channels, stride, affine: nn.MaxPool2d(3, stride, padding=1),
-    "avg_pool_3x3": lambda channels, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
+OPERATIONS: dict[str, Callable[[int, int, int, bool], nn.Module]] = {
+    "none": lambda c_in, c_out, stride, affine: Zero(),
+    "max_pool_3x3": lambda c_in, c_out, stride, affine: nn.MaxPool2d(3, stride, padding=1),
+    "avg_pool_3x3": lambda c_in, c_out, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
     "skip_connect": _skip_connect,
-    "sep_conv_3x3": lambda channels, stride, affine: SepConv(channels, channels, 3, stride, 1, affine),
-    "sep_conv_5x5": lambda channels, stride, affine: SepConv(channels, channels, 5, stride, 2, affine),
-    "dil_conv_3x3": lambda channels, stride, affine: DilConv(channels, channels, 3, stride, 2, 2, affine),
-    "dil_conv_5x5": lambda channels, stride, affine: DilConv(channels, channels, 5, stride, 4, 2, affine),
-    "nor_conv_1x1": lambda channels, stride, affine: ReLUConvBN(channels, channels, 1, stride, 0, affine),
-    "nor_conv_3x3": lambda channels, stride, affine: ReLUConvBN(channels, channels, 3, stride, 1, affine),
+    "sep_conv_3x3": lambda c_in, c_out, stride, affine: SepConv(c_in, c_out, 3, stride, 1, affine),
+    "sep_conv_5x5": lambda c_in, c_out, stride, affine: SepConv(c_in, c_out, 5, stride, 2, affine),
+    "dil_conv_3x3": lambda c_in, c_out, stride, affine: DilConv(c_in, c_out, 3, stride, 2, 2, affine),
+    "dil_conv_5x5": lambda c_in, c_out, stride, affine: DilConv(c_in, c_out, 5, stride, 4, 2, affine),
+    "nor_conv_1x1": lambda c_in, c_out, stride, affine: ReLUConvBN(c_in, c_out, 1, stride, 0, affine),
+    "nor_conv_3x3": lambda c_in, c_out, stride, affine: ReLUConvBN(c_in, c_out, 3, stride, 1, affine),
 }
-"""(channels, stride, affine) -> the operation as a derived network holds it. DARTS' PRIMITIVES in their order first."""
+"""(c_in, c_out, stride, affine) -> the operation as a derived network holds it: [B, c_in, H, W] to [B, c_out, H', W'].
+
+DARTS' PRIMITIVES in their order first. Add your own under a name of its own, and that name to a space's `operations`.
+c_in and c_out differ only in spaces whose cells say so; pools and `skip_connect` of stride 1 cannot change the width.
+"""
 
 
-def build_operation(name: str, channels: int, stride: int, affine: bool = True) -> nn.Module:
+def build_operation(name: str, channels: int, stride: int, affine: bool = True, c_in: int | None = None) -> nn.Module:
     """The operation as a derived network holds it: affine BatchNorm, pools without BatchNorm.
 
-    Raises ValueError if `name` is none of OPERATIONS.
+    It gives `channels`, and takes as many unless c_in says otherwise. Raises ValueError if `name` is none of
+    OPERATIONS.
     """
     if name not in OPERATIONS:
         raise ValueError(f"operation: got {name!r}, expected one of {', '.join(OPERATIONS)}")
-    return OPERATIONS[name](channels, stride, affine)
+    return OPERATIONS[name](channels if c_in is None else c_in, channels, stride, affine)
 
 
-def build_candidate(name: str, channels: int, stride: int, *, norms_after_pools: bool = True) -> nn.Module:
+def build_candidate(
+    name: str, channels: int, stride: int, *, c_in: int | None = None, norms_after_pools: bool = True
+) -> nn.Module:
     """The operation as a supernet holds it: BatchNorm without parameters, and one after each pool (DARTS' MixedOp).
 
     Raises ValueError if `name` is none of OPERATIONS.
     """
-    operation = build_operation(name, channels, stride, affine=False)
+    operation = build_operation(name, channels, stride, affine=False, c_in=c_in)
     if norms_after_pools and "pool" in name:
         return nn.Sequential(operation, nn.BatchNorm2d(channels, affine=False))
     return operation

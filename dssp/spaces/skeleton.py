@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from dssp.spaces.auxiliary import AuxiliaryHead
+
+STEMS = ("cifar", "imagenet")
+"""How images enter: as large as they are, or made smaller at once, as the papers do with images of 224x224."""
 
 
 class Edges(nn.ModuleList):
@@ -20,9 +25,9 @@ class Edges(nn.ModuleList):
 
 
 class BuildEdges(Protocol):
-    """Edges for one cell of a type; those that leave the cell's inputs have this stride."""
+    """Edges for one cell of a type. Those that leave the cell's inputs have this stride, and take c_in channels."""
 
-    def __call__(self, cell_type: str, channels: int, stride: int = 1) -> Edges: ...
+    def __call__(self, cell_type: str, channels: int, stride: int = 1, c_in: int | None = None) -> Edges: ...
 
 
 class Cell(nn.Module):
@@ -49,25 +54,26 @@ class Cell(nn.Module):
 
 @dataclass(frozen=True)
 class Tap:
-    """The cell whose output an auxiliary head reads: its position, its channels, and how often H and W were halved."""
+    """The cell whose output an auxiliary head reads: position, channels, how often H and W were halved; the head."""
 
     position: int
     channels: int
     halvings: int
+    head: type[AuxiliaryHead]
 
 
 @dataclass(frozen=True)
 class Skeleton:
     """A macro skeleton, built: images -> stem -> cells -> last -> global average pooling -> a linear layer.
 
-    stem      [B, image_channels, H, W] -> the first state.
-    cells     Cells and blocks without edges; each takes the `inputs` states before it (at first all the stem's).
+    stems     by their names in the network: the images through the first give a state, that through the next another.
+    cells     Cells and blocks without edges; each takes the `inputs` states before it (at first the stems').
     last      what follows the last cell.
     channels  what the linear layer gets.
     tap       where an auxiliary head goes, if anywhere.
     """
 
-    stem: nn.Module
+    stems: Mapping[str, nn.Module]
     cells: Sequence[nn.Module]
     last: nn.Module
     channels: int
@@ -76,8 +82,11 @@ class Skeleton:
 
 
 class BuildSkeleton(Protocol):
-    """Builds a macro skeleton; `cells` counts what the space lets it count, `affine` is for the norms in cells."""
+    """Builds a macro skeleton; `cells` counts what the space lets it count, `affine` is for the norms in cells.
+
+    `stem` is one of STEMS. Raises ValueError for one that the space does not have.
+    """
 
     def __call__(
-        self, edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool
+        self, edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool, stem: str
     ) -> Skeleton: ...

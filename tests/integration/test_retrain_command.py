@@ -15,7 +15,9 @@ from PIL import Image
 
 from dssp import evaluate, export, retrain, search
 from dssp.callbacks import MetricsLog
+from dssp.chain_genotype import ChainGenotype
 from dssp.engine import Engine
+from dssp.genotype import save_genotype
 from dssp.metrics import RunningMeans
 from dssp.trained import load_trained
 
@@ -112,6 +114,26 @@ def test_what_is_kept_is_the_average_without_its_auxiliary_head(finished: Path) 
     torch.testing.assert_close(kept.network.state_dict(), {name: average[name] for name in names}, rtol=0, atol=0)
     assert sum(parameter.numel() for parameter in kept.network.parameters()) == summary(finished)["parameters"]
     assert (kept.classes, kept.image_shape) == (("dark", "light"), (3, 32, 32))
+
+
+def test_imagenet_stem_goes_from_training_to_test_and_export(folder: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "network.pt2"
+    flags_ = [*flags(folder, run), "--stem", "imagenet", "--epochs", "1", "--auxiliary-weight", "0"]
+    retrain.main(flags_)
+    assert json.loads((run / "config.json").read_text())["config"]["stem"] == load_trained(run / "network.pt").stem
+    evaluate.main(["--run-dir", str(run)])
+    export.main(["--run-dir", str(run), "--format", "torch", "--out", str(out)])
+    assert out.exists()
+
+
+def test_chain_is_retrained_with_the_stages_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = ChainGenotype((("mb_conv_3x3_e3", "none"), ("mb_conv_3x3_e3", "mb_conv_5x5_e3")))
+    save_genotype(tmp_path / "chain.json", chain, space="chain", method="dssp", seed=0)
+    flags_ = ["--genotype", str(tmp_path / "chain.json"), "--channels", "2", "--epochs", "0", "--threads", "1"]
+    retrain.main([*flags_, "--run-dir", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["cells"] == 2
+    with pytest.raises(SystemExit, match="--cells: the genotype has 2 stages, got 3"):
+        retrain.main([*flags_, "--cells", "3", "--run-dir", str(tmp_path / "other")])
 
 
 def test_genotype_of_one_data_set_retrains_on_another(searched: Path, tmp_path: Path) -> None:

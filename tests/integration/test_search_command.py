@@ -330,6 +330,7 @@ def test_search_that_is_all_warm_up_still_ends_with_a_summary(data: list[str], t
     ("arguments", "status", "said"),
     [
         ("--dataset imagefolder --data-path nowhere", 1, "imagefolder: nowhere is no folder; pass --data-path"),
+        ("--space chain --max-params 500", 1, "--max-params: no network that is left fits: the smallest has"),
         ("--resume", 1, "--resume: no run under runs/ has this configuration"),
         ("--resume --run-dir nowhere", 1, "--resume: nowhere holds no run"),
         ("--device cuda:99", 1, "--device cuda:99: this machine has"),

@@ -225,7 +225,7 @@ def test_help_explains_every_flag_with_its_default(
         if preset and None not in preset:
             assert f"(digits {preset[0]}, others {preset[1]})" in text or f"(default {preset[0]})" in text
         for space, own in SPACE_PRESETS.get(config.__name__, {}).items():
-            if field.name in own:
+            if None not in own.get(field.name, (None,)):
                 digits, others = own[field.name]
                 shown = f"digits {digits}, others {others}" if digits != others else f"default {digits}"
                 assert f"({space}: {shown})" in text

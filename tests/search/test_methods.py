@@ -37,7 +37,7 @@ def test_the_configuration_knows_the_methods_and_no_others() -> None:
 
 @EVERY_METHOD
 def test_the_planted_operation_is_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OPERATIONS, "average_all", lambda channels, stride, affine: AverageAll())
+    monkeypatch.setitem(OPERATIONS, "average_all", lambda c_in, c_out, stride, affine: AverageAll())
     search = toy_search(method, **SETTINGS.get(method, {}))
     with torch.no_grad():
         search.supernet.alpha["normal"][:, 0] += 0.5  # the other one has the better start

@@ -53,7 +53,7 @@ def test_none_returns_none(stride: int) -> None:
 )
 def test_state_dict_keys_are_those_of_darts(name: str, convolutions: list[int], norms: list[int]) -> None:
     statistics = [f"op.{i}.{s}" for i in norms for s in ("running_mean", "running_var", "num_batches_tracked")]
-    candidate, derived = build_candidate(name, 4, 1), OPERATIONS[name](4, 1, True)
+    candidate, derived = build_candidate(name, 4, 1), OPERATIONS[name](4, 4, 1, True)
     assert sorted(candidate.state_dict()) == sorted(convolution_keys(*convolutions) + statistics)
     affine = [f"op.{i}.{p}" for i in norms for p in ("weight", "bias")]
     assert sorted(derived.state_dict()) == sorted(convolution_keys(*convolutions) + statistics + affine)

@@ -43,9 +43,9 @@ class Cells(dict[str, Any]):
         return cls(cells)
 
 
-def skeleton(edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool) -> Skeleton:
+def skeleton(edges: BuildEdges, *, channels: int, cells: int, image_channels: int, affine: bool, stem: str) -> Skeleton:
     """One cell of one edge between image and ReLU: what has mean zero stays zero unless the edge lets it through."""
-    return Skeleton(Stem(), [Nasbench201Cell(edges, channels)], nn.ReLU(), channels)
+    return Skeleton({"stem": Stem()}, [Nasbench201Cell(edges, channels)], nn.ReLU(), channels)
 
 
 SPACE = CellSpace(
