@@ -14,7 +14,7 @@ from dssp.benchmark import open_benchmark
 from dssp.bilevel import BilevelSearch
 from dssp.callbacks import Checkpointing, Interruption, MetricsLog, ProgressBar, TensorBoard
 from dssp.command import choose_device, run_command
-from dssp.config import ConfigError, RetrainConfig, SearchConfig, parse_search
+from dssp.config import RetrainConfig, SearchConfig, parse_search
 from dssp.data import DataSet, load_data
 from dssp.distributed import check_same, checksum, in_turn, is_main, on_main, ranks
 from dssp.engine import Callback, Engine
@@ -23,6 +23,7 @@ from dssp.fingerprint import fingerprint
 from dssp.genotype import load_genotype, save_genotype
 from dssp.memory import memory_named
 from dssp.methods import METHODS
+from dssp.options import ConfigError
 from dssp.report import write_report
 from dssp.retrain import Retrained, retrain
 from dssp.run_folder import after_restart, check_same_command, finished_summary, open_run_folder

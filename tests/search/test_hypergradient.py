@@ -11,9 +11,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dssp import hypergradient
-from dssp.config import ConfigError, SearchConfig
+from dssp.config import SearchConfig
 from dssp.hypergradient import unrolled_gradients
 from dssp.optimization import sgd
+from dssp.options import ConfigError
 from dssp.spaces import DARTS
 from dssp.supernet import Supernet
 from tests.search.small import small_search
