@@ -72,6 +72,7 @@ class BilevelSearch:
             mask_lr=config.mask_lr,
             precision=config.precision,
             weight_optimizer=self.optimizer if config.unrolled else None,
+            exact=not config.finite_difference,
         )
         self._uncaptured = GuardedStep(self._step, supernet)
         self.captured = CapturedStep(GuardedStep(self._captured_step, supernet), enabled=not config.no_cuda_graphs)

@@ -171,8 +171,14 @@ class SearchConfig(_Config):
     alpha_weight_decay: float = option(1e-3, "weight decay of the architecture parameters", "search", low=0)
     unrolled: bool = option(
         False,
-        "second order: alpha's gradient through the next step of the weights (DARTS' flag), 3 to 4 times as long; not "
-        "for methods that sample",
+        "second order: alpha's gradient through the next step of the weights (DARTS' flag), exactly, about 9 times as "
+        "long; not for methods that sample",
+        "search",
+    )
+    finite_difference: bool = option(
+        False,
+        "with --unrolled: the second derivative as DARTS approximates it, 3 times as long as the first order, and far "
+        "off where networks are small (see dssp/hypergradient.py)",
         "search",
     )
     beta_decay: float = option(
@@ -275,6 +281,8 @@ class SearchConfig(_Config):
         for name, methods in OPTION_METHODS.items():
             if getattr(self, name) != defaults[name] and self.method not in methods:
                 raise ConfigError(name, f"expected method {', '.join(methods)}, got {self.method}")
+        if self.finite_difference and not self.unrolled:
+            raise ConfigError("finite_difference", "the first order has no second derivative, add --unrolled")
         if None not in (self.epochs, self.warmup_epochs, self.path_epochs):
             left = self.epochs - self.warmup_epochs
             if self.path_epochs > left:

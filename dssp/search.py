@@ -23,7 +23,6 @@ from dssp.fingerprint import fingerprint
 from dssp.genotype import load_genotype, save_genotype
 from dssp.memory import memory_named
 from dssp.methods import METHODS
-from dssp.options import ConfigError
 from dssp.report import write_report
 from dssp.retrain import Retrained, retrain
 from dssp.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
@@ -78,8 +77,6 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     """The whole command: fills a run folder and returns the summary that ends up in it."""
     config = after_restart(config)
     check_same_command(config)
-    if config.unrolled and ranks() > 1:
-        raise ConfigError("unrolled", f"the second order runs on one rank, got {ranks()}")
     device = choose_device(config.device, config.threads)
     benchmark = open_benchmark(config.benchmark, get_space(config.space))
     with in_turn():
