@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dssp.distributed import average_tensors
+from dssp.optimization import frozen
 
 DISTANCE = 1e-2  # how far the weights move for the finite difference, in norm (DARTS, section 2.3, footnote)
 
@@ -73,7 +74,7 @@ def _exact_products(
 
 def _finite_differences(
     loss: Callable[[], Tensor],
-    weights: list[Tensor],
+    weights: list[nn.Parameter],
     architecture: Sequence[Tensor],
     vector: list[Tensor],
     origin: list[Tensor],
@@ -83,7 +84,8 @@ def _finite_differences(
     sides = []
     for sign in (1.0, -1.0):
         _move(weights, origin, vector, sign * distance)
-        sides.append(_gradients(loss(), architecture))
+        with frozen(weights):
+            sides.append(_gradients(loss(), architecture))
     return [(plus - minus) / (2 * distance) for plus, minus in zip(*sides, strict=True)]
 
 
@@ -109,11 +111,11 @@ def _velocities(optimizer: torch.optim.SGD, gradients: list[Tensor]) -> list[Ten
 
 @torch.no_grad()
 def _move(
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     origin: list[Tensor],
     direction: list[Tensor] | None = None,
     scale: float | Tensor = 0.0,
 ) -> None:
     """weights = origin + scale * direction; without a direction, the origin."""
     target = origin if direction is None else torch._foreach_add(origin, torch._foreach_mul(direction, scale))
-    torch._foreach_copy_(weights, target)
+    torch._foreach_copy_([*weights], target)

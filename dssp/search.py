@@ -59,6 +59,15 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
     return supernet.to(device).to(memory_format=torch.channels_last)
 
 
+def uncaptured_steps(search: BilevelSearch, device: torch.device) -> str | None:
+    """Which steps of a search no CUDA graph replays on a device where others would be replayed, None if none."""
+    if device.type != "cuda" or search.config.no_cuda_graphs:
+        return None
+    if search.method.on_host:
+        return f"the steps of method {search.config.method}"
+    return "the steps on hard paths" if search.config.path_epochs else None
+
+
 def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
     """The retraining that a search ends with."""
     shared = (
@@ -112,6 +121,8 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
             TensorBoard(folder / "tensorboard", edges),
             ProgressBar(console, active_edges=len(supernet.live_edges())),
         ]
+    if is_main() and (steps := uncaptured_steps(search, device)) is not None:
+        console.print(f"CUDA graphs: {steps} choose on the host what runs, so they run uncaptured", highlight=False)
     engine = Engine(search, callbacks, max_skipped_steps=config.max_skipped_steps)
     with memory_named("search", config.batch_size):
         engine.fit()
@@ -139,6 +150,7 @@ def _finish(
     summary = {
         "genotype": genotype.to_dict(),
         "search_seconds": engine.seconds,
+        "search_flops": search.flops.total,
         "retrain_seconds": result.seconds,
         "test_accuracy": result.test_accuracy,
         "parameters": result.parameters,
