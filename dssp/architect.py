@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dssp.distributed import average_gradients
-from dssp.held_out import batch_statistics
 from dssp.hypergradient import unrolled_gradients
 from dssp.methods.base import Method, Noise
 from dssp.optimization import logits_of
-from dssp.skipped_steps import reported, step_if_finite
+from dssp.skipped_steps import reported, step_if_finite, unmoved_statistics
 from dssp.supernet import Supernet
 
 
@@ -21,7 +20,8 @@ class Architect:
     """Minimises L_valid(alpha, m) + method.penalty() by Adam, the weights held fixed.
 
     First-order hypergradient of DARTS (Liu et al. 2019, section 2.3, xi = 0); betas (0.5, 0.999) as there. With the
-    `weight_optimizer`, second-order: L_valid is that of the weights after their next step (see dssp.hypergradient).
+    `weight_optimizer`, second-order: L_valid is that of the weights after their next step, differentiated exactly or by
+    DARTS' finite difference (see dssp.hypergradient).
     """
 
     def __init__(
@@ -34,9 +34,10 @@ class Architect:
         mask_lr: float,
         precision: str,
         weight_optimizer: torch.optim.SGD | None = None,
+        exact: bool = True,
     ) -> None:
         self.supernet, self.method, self.precision = supernet, method, precision
-        self.weight_optimizer = weight_optimizer
+        self.weight_optimizer, self.exact = weight_optimizer, exact
         groups: list[dict[str, Any]] = [
             {
                 "params": [*supernet.alpha.values(), *supernet.beta.values()],
@@ -86,8 +87,8 @@ class Architect:
             return F.cross_entropy(self._logits(train[0], noise), train[1])
 
         architecture = self.supernet.architecture_parameters()
-        with batch_statistics(self.supernet):
-            gradients = unrolled_gradients(train_loss, objective, optimizer, architecture)
+        with unmoved_statistics(self.supernet):
+            gradients = unrolled_gradients(train_loss, objective, optimizer, architecture, exact=self.exact)
         for parameter, gradient in zip(architecture, gradients, strict=True):
             parameter.grad = gradient
         return found[0]

@@ -9,8 +9,8 @@ import zlib
 from pathlib import Path
 
 from dssp.arch_genotype import ArchGenotype
-from dssp.config import ConfigError
 from dssp.genotype import AnyGenotype
+from dssp.options import ConfigError
 from dssp.spaces import CellSpace
 
 COLUMNS = ("cifar10_valid_12ep", "cifar10_test_12ep", "cifar10_test_200ep")  # accuracies in percent

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dssp.architect import Architect
@@ -22,26 +21,15 @@ from dssp.genotype import AnyGenotype
 from dssp.held_out import batch_statistics, held_out_logits, held_out_losses
 from dssp.methods import METHODS
 from dssp.methods.base import Noise
-from dssp.optimization import set_learning_rate, sgd, weight_step
+from dssp.optimization import frozen, set_learning_rate, sgd, weight_step
 from dssp.pruning import GateTable
+from dssp.search_flops import EXACT, FINITE_DIFFERENCE, Pass, SearchFlops
 from dssp.skipped_steps import GuardedStep
 from dssp.supernet import Supernet
 
 Batch = tuple[Tensor, Tensor]
 Step = tuple[Batch, Batch | None, Noise]
 """A batch of the training half, one of the validation half unless only weights are trained, and what chance decides."""
-
-
-@contextmanager
-def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """These parameters get no gradients, and autograd neither computes nor keeps anything for them."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 class BilevelSearch:
@@ -74,10 +62,12 @@ class BilevelSearch:
             mask_lr=config.mask_lr,
             precision=config.precision,
             weight_optimizer=self.optimizer if config.unrolled else None,
+            exact=not config.finite_difference,
         )
         self._uncaptured = GuardedStep(self._step, supernet)
         self.captured = CapturedStep(GuardedStep(self._captured_step, supernet), enabled=not config.no_cuda_graphs)
         self.held_out = data.valid.sample(config.held_out, seed=config.seed)
+        self.flops = SearchFlops(supernet, self.method)
 
     def _budget(self) -> Budget | None:
         config = self.config
@@ -140,6 +130,9 @@ class BilevelSearch:
         """One step of the epoch's phase; on a GPU, replayed from a CUDA graph where the method allows."""
         train, valid, noise = batch
         learns_both = self.method.joint and self.method.phase(epoch) == "search"
+        ahead = FINITE_DIFFERENCE if self.config.finite_difference else EXACT
+        passes: tuple[Pass, ...] = () if valid is None else ahead if self.config.unrolled else ("architecture",)
+        self._count((*passes, "weights"), train[0], noise, times=ranks())
         if self.method.on_host:
             return self._uncaptured(train, valid, noise, learns_both)
         self._noise_names, self._learns_both = list(noise), learns_both
@@ -165,6 +158,7 @@ class BilevelSearch:
             if self.early_stopping.update(epoch, row["alpha_eigenvalue"], self.method.derived()):
                 self.epochs = epoch + 1
         self.check_same(f"search, end of epoch {epoch + 1}")
+        row["search_flops"] = self.flops.total
         if (tabulated := self.tabulated()) is not None:
             row["tabulated"] = tabulated
         return row
@@ -190,6 +184,7 @@ class BilevelSearch:
         return {
             "method": self.method.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
+            "flops": self.flops.total,
             "supernet": self.supernet.state_dict(),
             "weight_optimizer": self.optimizer.state_dict(),
             "architecture_optimizer": self.architect.optimizer.state_dict(),
@@ -199,6 +194,7 @@ class BilevelSearch:
         self.method.load_state_dict(state["method"])
         self.early_stopping.load_state_dict(state["early_stopping"])
         self.epochs = self.early_stopping.stopped_after or self.config.epochs
+        self.flops.total = state["flops"]
         self._forget_removed_weights()
         self.supernet.load_state_dict(state["supernet"])
         self.optimizer.load_state_dict(state["weight_optimizer"])
@@ -234,6 +230,10 @@ class BilevelSearch:
                 self.architect.update(values["train_loss"])
         return values
 
+    def _count(self, passes: Sequence[Pass], images: Tensor, noise: Noise | None = None, *, times: int = 1) -> None:
+        """Add to the FLOPs of the search what the supernet now takes for these images, as often as said."""
+        self.flops.add(passes, times * len(images), images.shape[1:], noise or {})
+
     def _forget_removed_weights(self) -> None:
         """Removed candidates leave the optimizer: no step, no momentum, no memory."""
         self.weights = self.supernet.weights()
@@ -252,11 +252,13 @@ class BilevelSearch:
 
     def _held_out_losses(self, *, comparing: bool = False) -> Tensor:
         images, labels = self._compared_on if comparing else self.held_out
+        self._count(("forward",), images)
         return held_out_losses(self.supernet, self._logits, images, labels)
 
     def _held_out_metrics(self) -> dict[str, float]:
         """Validation figures of an epoch that took no architecture step."""
         images, labels = self.held_out
+        self._count(("forward",), images)
         logits = held_out_logits(self.supernet, self._logits, images)
         return {
             "valid_loss": float(F.cross_entropy(logits, labels)),

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dssp.config import ConfigError
 from dssp.cost import count_flops, count_parameters
 from dssp.genotype import AnyGenotype
 from dssp.network import CellNetwork
+from dssp.options import ConfigError
 from dssp.spaces import CellSpace
 from dssp.spaces.operations import build_operation
 from dssp.spaces.skeleton import Cell, Edges

@@ -20,7 +20,7 @@ import torch
 
 from dssp.files import write_atomically
 
-FORMAT = 3  # of the state inside
+FORMAT = 4  # of the state inside
 KEEP = 2
 
 

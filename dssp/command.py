@@ -13,7 +13,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from rich.console import Console
 
-from dssp.config import ConfigError
 from dssp.data import DataUnavailable
 from dssp.determinism import NotDeterministic, deterministic
 from dssp.distributed import RanksApart, is_main, joined, launched_ranks, local_rank, name, ranks
@@ -21,6 +20,7 @@ from dssp.engine import Diverged, Interrupted
 from dssp.exporting import ExportFailed
 from dssp.interruption import RESUME_ME, on_signals
 from dssp.memory import OutOfMemory, memory_named
+from dssp.options import ConfigError
 from dssp.run_folder import RunFolderError
 from dssp.trained import NetworkUnavailable
 

@@ -1,15 +1,15 @@
-"""Configuration of the commands: frozen dataclasses, and the command line built from them."""
+"""Configuration of the commands: their fields, the presets of these, and the values that exclude each other."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
+
+from dssp.options import ConfigError, Options, option, options_parser, parse_options
 
 # What DARTS trains its networks with on CIFAR (arXiv:1806.09055, appendix A.1.2); elsewhere these fields are 0.
 DARTS_RECIPE: dict[str, float] = {"cutout": 16, "auxiliary_weight": 0.4, "drop_path": 0.2}
@@ -84,22 +84,8 @@ SPACE_PRESETS: dict[str, dict[str, dict[str, tuple[Any, Any]]]] = {
 IMAGENET_PRESETS = {"channels": 48, "cells": 14}  # DARTS' derived network behind its ImageNet stem
 IMAGENET_SIZE = 128  # from so many pixels on
 
-GROUPS = {
-    "data": "what to learn from",
-    "model": "the network",
-    "search": "how weights and architecture are trained",
-    "training": "how the derived network is trained",
-    "pruning": "how edges leave the search space",
-    "retraining": "the derived network, trained from scratch after the search",
-    "run": "where and how it runs",
-}
-
 PRUNING_METHODS = ("dssp", "dssp-paper")  # those with a mask per edge
-BILEVEL_METHODS = (
-    "darts",
-    "pc-darts",
-    "fair-darts",
-)  # those that do nothing but DARTS' bilevel steps on a mixture without noise
+BILEVEL_METHODS = ("darts", "pc-darts", "fair-darts")  # nothing but DARTS' bilevel steps on a mixture without noise
 # Options that not every method can have -> the methods that can.
 OPTION_METHODS = {
     "early_stop": BILEVEL_METHODS,
@@ -107,71 +93,12 @@ OPTION_METHODS = {
     "beta_decay": ("dssp", "dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
     "max_skips": ("dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
 }
-EXIT_STATUS = (
-    "Exit status: 0 finished; 1 a failure that one line on stderr explains; 2 a wrong command line; 75 stopped by "
-    "SIGTERM, SIGINT or SIGUSR1 with everything saved: the same command with --resume continues. A second signal ends "
-    "the process at once."
-)
 DETERMINISTIC = "only algorithms that give the same bits every time; ends where an operation has none"
 RESIZED = ("imagefolder", "fake")  # the data sets whose images have no size of their own
-NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-
-
-class ConfigError(ValueError):
-    """A field with a value that cannot be. `field` names it, `reason` says what came and what was expected."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
-
-
-def option(default: Any, help: str, group: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A configuration field: its default, its help, its group in `--help`, and the bounds of its value (inclusive)."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "low": low, "high": high})
-
-
-C = TypeVar("C", bound="_Fields")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Fields:
-    """What every configuration can do. Raises ConfigError (a ValueError) for a value that cannot be."""
-
-    def __post_init__(self) -> None:
-        types = get_type_hints(type(self))
-        presets = _preset_names(type(self))
-        for field in dataclasses.fields(self):
-            value = _checked(field, types[field.name], getattr(self, field.name), field.name in presets)
-            object.__setattr__(self, field.name, value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls: type[C], fields: object) -> C:
-        """The configuration that `to_dict` wrote. Raises ValueError naming the field that is unknown or wrong."""
-        if not isinstance(fields, dict):
-            raise ValueError(f"configuration: expected an object, got {type(fields).__name__}")
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ConfigError(str(name), f"unknown field, expected one of {', '.join(known)}")
-        for name, field in known.items():
-            if field.default is dataclasses.MISSING and name not in fields:
-                raise ConfigError(name, "missing")
-        return cls(**fields)
-
-    def resolve(self: C) -> C:
-        """A copy in which every None that has a preset for the space or the data set is filled."""
-        return dataclasses.replace(self, **{k: v for k, v in self._presets().items() if getattr(self, k) is None})
-
-    def _presets(self) -> dict[str, Any]:
-        return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Config(_Fields):
+class _Config(Options):
     """What search and retraining share."""
 
     dataset: Literal["digits", "cifar10", "cifar100", "imagefolder", "fake"] = option(
@@ -250,6 +177,10 @@ class _Config(_Fields):
             presets |= {f"{prefix}{name}": value for name, value in IMAGENET_PRESETS.items()}
         return presets
 
+    @classmethod
+    def _preset_rows(cls) -> dict[str, dict[str, tuple[Any, Any]]]:
+        return {"": PRESETS[cls.__name__], **SPACE_PRESETS[cls.__name__]}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(_Config):
@@ -283,8 +214,14 @@ class SearchConfig(_Config):
     alpha_weight_decay: float = option(1e-3, "weight decay of the architecture parameters", "search", low=0)
     unrolled: bool = option(
         False,
-        "second order: alpha's gradient through the next step of the weights (DARTS' flag), 3 to 4 times as long; not "
-        "for methods that sample",
+        "second order: alpha's gradient through the next step of the weights (DARTS' flag), exactly, about 9 times as "
+        "long; not for methods that sample",
+        "search",
+    )
+    finite_difference: bool = option(
+        False,
+        "with --unrolled: the second derivative as DARTS approximates it, 3 times as long as the first order, and far "
+        "off where networks are small (see dssp/hypergradient.py)",
         "search",
     )
     beta_decay: float = option(
@@ -403,6 +340,8 @@ class SearchConfig(_Config):
         for name, methods in OPTION_METHODS.items():
             if getattr(self, name) != defaults[name] and self.method not in methods:
                 raise ConfigError(name, f"expected method {', '.join(methods)}, got {self.method}")
+        if self.finite_difference and not self.unrolled:
+            raise ConfigError("finite_difference", "the first order has no second derivative, add --unrolled")
         if None not in (self.epochs, self.warmup_epochs, self.path_epochs):
             left = self.epochs - self.warmup_epochs
             if self.path_epochs > left:
@@ -503,7 +442,7 @@ class RetrainConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(_Fields):
+class EvaluateConfig(Options):
     """Everything that decides an evaluation."""
 
     run_dir: str = option(dataclasses.MISSING, "run folder of a retraining, or of a search that retrained", "run")
@@ -523,7 +462,7 @@ class EvaluateConfig(_Fields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(_Fields):
+class ExportConfig(Options):
     """Everything that decides an export."""
 
     run_dir: str = option(dataclasses.MISSING, "run folder of a retraining, or of a search that retrained", "run")
@@ -535,148 +474,35 @@ class ExportConfig(_Fields):
 
 def parse_search(argv: Sequence[str] | None = None) -> SearchConfig:
     """The configuration on the command line of `python -m dssp.search`; a bad one ends the process with one line."""
-    return _parse(
+    return parse_options(
         SearchConfig, "dssp.search", "Search for a cell, prune the space while searching, derive a genotype.", argv
     )
 
 
 def parse_retrain(argv: Sequence[str] | None = None) -> RetrainConfig:
     """The configuration on the command line of `python -m dssp.retrain`; a bad one ends the process with one line."""
-    return _parse(RetrainConfig, "dssp.retrain", "Train the network of a genotype from scratch and test it.", argv)
+    return parse_options(
+        RetrainConfig, "dssp.retrain", "Train the network of a genotype from scratch and test it.", argv
+    )
 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """The configuration on the command line of `python -m dssp.evaluate`; a bad one ends the process with one line."""
-    return _parse(EvaluateConfig, "dssp.evaluate", "Test a trained network.", argv)
+    return parse_options(EvaluateConfig, "dssp.evaluate", "Test a trained network.", argv)
 
 
 def parse_export(argv: Sequence[str] | None = None) -> ExportConfig:
     """The configuration on the command line of `python -m dssp.export`; a bad one ends the process with one line."""
-    return _parse(ExportConfig, "dssp.export", "Write a trained network as a file that other programs run.", argv)
+    return parse_options(
+        ExportConfig, "dssp.export", "Write a trained network as a file that other programs run.", argv
+    )
 
 
 def search_parser(prog: str, description: str, *, without: Collection[str] = ()) -> argparse.ArgumentParser:
     """The command line of a search as a parser of the fields that are given, all but some, to be extended."""
-    return _parser(SearchConfig, prog, description, without)
-
-
-def flags(fields: Mapping[str, Any]) -> list[str]:
-    """The command line that sets these fields."""
-    names = {name: f"--{name.replace('_', '-')}" for name in fields}
-    return [
-        names[name] if value is True else f"{names[name]}={value}"
-        for name, value in fields.items()
-        if value is not None and value is not False
-    ]
+    return options_parser(SearchConfig, prog, description, without)
 
 
 def _check_device(device: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {device!r}")
-
-
-def _preset_rows(config: type[_Fields]) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """The presets by data set (under "") and those that a space has of its own."""
-    name = config.__name__
-    return {"": PRESETS.get(name, {}), **SPACE_PRESETS.get(name, {})}
-
-
-def _preset_names(config: type[_Fields]) -> set[str]:
-    """The fields that may be left to resolve()."""
-    return {field for presets in _preset_rows(config).values() for field in presets}
-
-
-def _preset_help(config: type[_Fields], field: str) -> str:
-    """The presets of a field, where there are any: by data set, then those that a space has of its own."""
-    parts = []
-    for space, presets in _preset_rows(config).items():
-        values = presets.get(field)
-        if values is not None and None not in values:  # where one is None, the help says it
-            digits, others = values
-            shown = f"digits {digits}, others {others}" if digits != others else f"default {digits}"
-            parts.append(f" ({space}: {shown})" if space else f" ({shown})")
-    return "".join(parts)
-
-
-def _kind(hint: Any) -> tuple[type, tuple[str, ...] | None, bool]:
-    """A field's type as (bool, int, float or str; its choices, if it has any; whether None is allowed)."""
-    options = get_args(hint) if NoneType in get_args(hint) else (hint,)
-    kind = next(option for option in options if option is not NoneType)
-    if get_origin(kind) is Literal:
-        return str, get_args(kind), NoneType in options
-    return kind, None, NoneType in options
-
-
-def _checked(field: dataclasses.Field[Any], hint: Any, value: Any, has_preset: bool) -> Any:
-    """`value` if it is of the field's type and within its bounds; a whole number becomes float where that is wanted."""
-    kind, choices, optional = _kind(hint)
-    if value is None and (optional or has_preset):
-        return None
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise ConfigError(field.name, f"expected {NAMES[kind]}, got {value!r}")
-    if choices and value not in choices:
-        raise ConfigError(field.name, f"expected one of {', '.join(choices)}, got {value!r}")
-    low, high = field.metadata["low"], field.metadata["high"]
-    if low is not None and value < low:
-        raise ConfigError(field.name, f"expected at least {low}, got {value}")
-    if high is not None and value > high:
-        raise ConfigError(field.name, f"expected at most {high}, got {value}")
-    return value
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the page of usage."""
-        self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
-
-
-def _parse(config: type[C], prog: str, description: str, argv: Sequence[str] | None) -> C:
-    parser = _parser(config, prog, description)
-    try:
-        parsed = config(**vars(parser.parse_args(argv)))
-        parsed.resolve()  # a flag may contradict a preset
-    except ConfigError as error:
-        parser.error(f"argument --{error.field.replace('_', '-')}: {error.reason}")
-    return parsed
-
-
-def _parser(config: type[_Fields], prog: str, description: str, without: Collection[str] = ()) -> _Parser:
-    prog = f"python -m {prog}"
-    parser = _Parser(
-        prog=prog, usage=f"{prog} [flags]", description=description, epilog=EXIT_STATUS, allow_abbrev=False
-    )
-    types = get_type_hints(config)
-    fields = [field for field in dataclasses.fields(config) if field.name not in without]
-    for group, subject in GROUPS.items():
-        members = [field for field in fields if field.metadata["group"] == group]
-        section = parser.add_argument_group(group, subject) if members else None
-        for field in members:
-            has_preset = field.name in _preset_names(config)
-            explanation = field.metadata["help"] + _preset_help(config, field.name)
-            _add_flag(section or parser, field, types[field.name], explanation, has_preset)
-    return parser
-
-
-def _add_flag(
-    section: argparse._ActionsContainer, field: dataclasses.Field[Any], hint: Any, explanation: str, has_preset: bool
-) -> None:
-    flag, (kind, choices, _) = f"--{field.name.replace('_', '-')}", _kind(hint)
-    required = field.default is dataclasses.MISSING
-    if kind is not bool and field.default is not None and not required and not has_preset:
-        explanation += f" (default {field.default})"
-    explanation = explanation.replace("%", "%%")
-    if kind is bool:
-        section.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=explanation)
-        return
-    metavar = {int: "N", float: "X", str: field.name.split("_")[-1].upper()}[kind]
-    section.add_argument(
-        flag,
-        type=kind,
-        choices=choices,
-        metavar=None if choices else metavar,
-        required=required,
-        default=argparse.SUPPRESS,
-        help=explanation,
-    )

@@ -177,11 +177,18 @@ def average_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tenso
             parameter.grad = torch.zeros_like(parameter)
         if parameter.grad is not None:
             tensors.append(parameter.grad)
-    for bucket in _buckets([*tensors, loss]):
+    average_tensors([*tensors, loss])
+    return loss
+
+
+@torch.no_grad()
+def average_tensors(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, in place their means over the ranks, which give the same shapes in the same order."""
+    for bucket in _buckets(tensors) if _is_joined() else ():
         mean = _sum(torch.cat([tensor.reshape(-1) for tensor in bucket])).div_(ranks())
         parts = mean.split([tensor.numel() for tensor in bucket])
         torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)])
-    return loss
+    return tensors
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 
 from dssp.command import choose_device, run_command
-from dssp.config import RESIZED, ConfigError, EvaluateConfig, parse_evaluate
+from dssp.config import RESIZED, EvaluateConfig, parse_evaluate
 from dssp.data import DataSet, load_data
 from dssp.optimization import evaluate
+from dssp.options import ConfigError
 from dssp.run_folder import stored_config
 from dssp.trained import NAME, TrainedNetwork, load_trained
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from dssp.command import run_command
-from dssp.config import ConfigError, ExportConfig, parse_export
+from dssp.config import ExportConfig, parse_export
 from dssp.exporting import export_network
 from dssp.files import write_atomically
+from dssp.options import ConfigError
 from dssp.trained import NAME, load_trained
 
 

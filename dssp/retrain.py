@@ -14,7 +14,7 @@ from dssp.benchmark import open_benchmark
 from dssp.callbacks import Checkpointing, Interruption, MetricsLog, ProgressBar, TensorBoard
 from dssp.chain_genotype import ChainGenotype
 from dssp.command import GenotypeUnavailable, choose_device, run_command
-from dssp.config import ConfigError, RetrainConfig, parse_retrain
+from dssp.config import RetrainConfig, parse_retrain
 from dssp.cost import count_flops, count_parameters
 from dssp.data import DataSet, load_data
 from dssp.distributed import check_same, in_turn, is_main, on_main, ranks, wait_for_all
@@ -25,6 +25,7 @@ from dssp.genotype import AnyGenotype, load_with_space
 from dssp.memory import memory_named
 from dssp.network import DerivedNetwork
 from dssp.optimization import evaluate
+from dssp.options import ConfigError
 from dssp.retraining import Retraining
 from dssp.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
 from dssp.spaces import CellSpace, get_space

@@ -18,9 +18,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from dssp.config import ConfigError, RetrainConfig, SearchConfig
+from dssp.config import RetrainConfig, SearchConfig
 from dssp.distributed import check_same, highest, is_under_torchrun, on_main, ranks, restarts
 from dssp.files import write_atomically, write_json
+from dssp.options import ConfigError
 
 Config = TypeVar("Config", SearchConfig, RetrainConfig)
 

@@ -14,7 +14,7 @@ from dssp.benchmark import open_benchmark
 from dssp.bilevel import BilevelSearch
 from dssp.callbacks import Checkpointing, Interruption, MetricsLog, ProgressBar, TensorBoard
 from dssp.command import choose_device, run_command
-from dssp.config import ConfigError, RetrainConfig, SearchConfig, parse_search
+from dssp.config import RetrainConfig, SearchConfig, parse_search
 from dssp.data import DataSet, load_data
 from dssp.distributed import check_same, checksum, in_turn, is_main, on_main, ranks
 from dssp.engine import Callback, Engine
@@ -23,6 +23,7 @@ from dssp.fingerprint import fingerprint
 from dssp.genotype import AnyGenotype, load_genotype, save_genotype
 from dssp.memory import memory_named
 from dssp.methods import METHODS
+from dssp.options import ConfigError
 from dssp.report import write_report
 from dssp.retrain import Retrained, retrain
 from dssp.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
@@ -60,6 +61,15 @@ def build_supernet(config: SearchConfig, data: DataSet, device: torch.device) ->
     return supernet.to(device).to(memory_format=torch.channels_last)
 
 
+def uncaptured_steps(search: BilevelSearch, device: torch.device) -> str | None:
+    """Which steps of a search no CUDA graph replays on a device where others would be replayed, None if none."""
+    if device.type != "cuda" or search.config.no_cuda_graphs:
+        return None
+    if search.method.on_host:
+        return f"the steps of method {search.config.method}"
+    return "the steps on hard paths" if search.config.path_epochs else None
+
+
 def retrain_config(config: SearchConfig, genotype: str) -> RetrainConfig:
     """The retraining that a search ends with."""
     shared = (
@@ -79,8 +89,6 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
     """The whole command: fills a run folder and returns the summary that ends up in it."""
     config = after_restart(config)
     check_same_command(config)
-    if config.unrolled and ranks() > 1:
-        raise ConfigError("unrolled", f"the second order runs on one rank, got {ranks()}")
     device = choose_device(config.device, config.threads)
     benchmark = open_benchmark(config.benchmark, get_space(config.space))
     with in_turn():
@@ -118,6 +126,8 @@ def run(config: SearchConfig, console: Console) -> dict[str, Any]:
             TensorBoard(folder / "tensorboard", edges),
             ProgressBar(console, active_edges=len(supernet.live_edges())),
         ]
+    if is_main() and (steps := uncaptured_steps(search, device)) is not None:
+        console.print(f"CUDA graphs: {steps} choose on the host what runs, so they run uncaptured", highlight=False)
     engine = Engine(search, callbacks, max_skipped_steps=config.max_skipped_steps)
     with memory_named("search", config.batch_size):
         engine.fit()
@@ -154,6 +164,7 @@ def _finish(
     summary = {
         "genotype": genotype.to_dict(),
         "search_seconds": engine.seconds,
+        "search_flops": search.flops.total,
         "retrain_seconds": result.seconds,
         "test_accuracy": result.test_accuracy,
         "parameters": result.parameters,

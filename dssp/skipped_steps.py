@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -99,9 +100,25 @@ class GuardedStep:
         return scalars
 
 
+@contextmanager
+def unmoved_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm trains as ever, over all ranks where it does, and its running statistics are afterwards as before."""
+    counters = [n.num_batches_tracked for n in _norms(model) if n.num_batches_tracked is not None]
+    groups = [group for group in (_running_statistics(model), counters) if group]
+    before = [[values.clone() for values in group] for group in groups]
+    try:
+        yield
+    finally:
+        for group, values in zip(groups, before, strict=True):
+            torch._foreach_copy_(group, values)
+
+
 def _running_statistics(model: nn.Module) -> list[Tensor]:
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    return [values for norm in norms for values in (norm.running_mean, norm.running_var) if values is not None]
+    return [values for norm in _norms(model) for values in (norm.running_mean, norm.running_var) if values is not None]
+
+
+def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 class SkippedSteps:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dssp.genotype import AnyGenotype, with_shortcuts
+from dssp.report.units import count
 
 
-def step_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds per bilevel step in the first epoch after warm-up, nothing pruned yet, and in the last."""
+def step_seconds(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Mean seconds per bilevel step in the first epoch after warm-up, nothing pruned yet, and in the last.
+
+    And under "paths", per step of all epochs on hard paths, None without such. What has no bilevel step says of its
+    first and last epochs what they took.
+    """
     bilevel = [row for row in rows if row["phase"] == "search"] or rows
-    return {"first": bilevel[0]["step_seconds"], "last": bilevel[-1]["step_seconds"]}
+    paths = [row["step_seconds"] for row in rows if row["phase"] == "paths"]
+    return {
+        "first": bilevel[0]["step_seconds"],
+        "last": bilevel[-1]["step_seconds"],
+        "paths": fmean(paths) if paths else None,
+    }
 
 
 def print_summary(console: Console, summary: dict[str, Any], genotype: AnyGenotype, folder: Path, report: Path) -> None:
@@ -27,9 +38,11 @@ def print_summary(console: Console, summary: dict[str, Any], genotype: AnyGenoty
         console.print(table)
     console.print(_pruning(summary["pruned"]), highlight=False, soft_wrap=True)
     seconds = summary["step_seconds"]
+    paths = "" if seconds["paths"] is None else f", {1e3 * seconds['paths']:.0f} ms on hard paths"
     console.print(
         f"Time per search step: {1e3 * seconds['first']:.0f} ms before pruning, {1e3 * seconds['last']:.0f} ms at the "
-        f"end ({seconds['first'] / seconds['last']:.2f}x); search {summary['search_seconds']:.0f} s",
+        f"end ({seconds['first'] / seconds['last']:.2f}x){paths}; search {summary['search_seconds']:.0f} s, "
+        f"{count(summary['search_flops'], 'FLOPs')}",
         highlight=False,
         soft_wrap=True,
     )

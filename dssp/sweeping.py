@@ -12,7 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dssp.config import ConfigError, SearchConfig, flags, search_parser
+from dssp.config import SearchConfig, search_parser
+from dssp.options import ConfigError, flags
 from dssp.run_folder import NOT_COMPARED
 
 SWEPT = ("lambda_prune", "prune_threshold", "edge_budget")

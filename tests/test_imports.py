@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 # A module or package -> what it must not import. Prefixes count.
 FORBIDDEN = {
     "dssp_kernels": ["dssp"],
-    "dssp.config": ["dssp"],
+    "dssp.options": ["dssp", "torch"],
+    "dssp.config": ["dssp.spaces", "dssp.methods", "dssp.genotype", "dssp.engine", "dssp.search", "torch"],
     "dssp.genotype": ["dssp.engine", "dssp.supernet", "dssp.search", "dssp_kernels", "torch"],
     "dssp.files": ["dssp", "torch"],
     "dssp.distributed": ["dssp"],

@@ -93,6 +93,7 @@ def _run_numbers(result: Result) -> list[str]:
         count(numbers["parameters"]),
         count(numbers["flops"]),
         duration(numbers["search_seconds"]),
+        count(numbers["search_flops"]),
         duration(numbers["retrain_seconds"]),
         count(numbers["peak_memory_bytes"], "B"),
     ]

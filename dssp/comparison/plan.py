@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dssp.config import ConfigError, SearchConfig, flags, search_parser
+from dssp.config import SearchConfig, search_parser
 from dssp.methods import METHODS
+from dssp.options import ConfigError, flags
 from dssp.run_folder import NOT_COMPARED
 
 DESCRIPTION = """\

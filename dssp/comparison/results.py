@@ -20,7 +20,8 @@ from dssp.report.run_folder import Run, UnreadableRun, read_run_folder
 
 BASELINE = "darts"  # whose search time is 1 where times are compared
 NUMBERS = (
-    *("search_seconds", "retrain_seconds", "peak_memory_bytes", "step_first_seconds", "step_last_seconds"),
+    *("search_seconds", "search_flops", "retrain_seconds", "peak_memory_bytes"),
+    *("step_first_seconds", "step_last_seconds", "step_paths_seconds"),
     *("test_accuracy", "parameters", "flops"),
 )
 
@@ -137,7 +138,7 @@ def _numbers(run: Run | None) -> dict[str, float | None]:
         return numbers
     said = run.summary.numbers
     numbers |= {name: said[name] for name in NUMBERS if name in said}
-    numbers |= {f"step_{which}_seconds": said[f"step_{which}"] for which in ("first", "last")}
+    numbers |= {f"step_{which}_seconds": said[f"step_{which}"] for which in ("first", "last", "paths")}
     return numbers | {f"tabulated_{column}": accuracy for column, accuracy in run.summary.tabulated.items()}
 
 

@@ -30,6 +30,7 @@ def columns(comparison: Comparison, *, wide: bool) -> list[Column]:
         Column("parameters", "Parameters", _counts),
         Column("flops", "FLOPs per image", _counts),
         *[Column("peak_memory_bytes", "Peak memory", _bytes)] * wide,
+        *[Column("search_flops", "Search FLOPs", _counts)] * wide,
         Column("search_seconds", "Search time (shared)" if times_shared else "Search time", _times),
     ]
     return [c for c in shown if any(comparison.spread(method, c.number) for method in comparison.methods)]

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dssp.config import ConfigError, SearchConfig
+from dssp.config import SearchConfig
 from dssp.held_out import Losses
 from dssp.methods.base import Method
+from dssp.options import ConfigError
 from dssp.pruning import Pruner, PruningRules
 from dssp.supernet import Supernet
 

@@ -137,6 +137,8 @@ def _tiles(run: Run, removals: Sequence[Removal]) -> list[Tile]:
         tiles.append(
             Tile("Search time", duration(seconds), f"and {duration(retraining)} retraining" if retraining else "")
         )
+    if (flops := numbers.get("search_flops")) is not None:
+        tiles.append(Tile("Search FLOPs", count(flops), "convolutions and matrix products"))
     if removals or any(epoch.gates for epoch in run.epochs):
         total = f" of {len(run.edges)}" if run.edges else ""
         left = f"{len(run.edges) - len(removals)} left" if run.edges else ""
@@ -147,6 +149,8 @@ def _tiles(run: Run, removals: Sequence[Removal]) -> list[Tile]:
         first += "" if last_text.endswith("\N{NO-BREAK SPACE}" + unit) else "\N{NO-BREAK SPACE}" + unit
         ratio = first_step / last_step
         note = f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
+        if (paths := numbers.get("step_paths")) is not None:
+            note += f"; on hard paths {duration(paths)}"
         tiles.append(Tile("Step time", f"{first} \N{RIGHTWARDS ARROW} {last_text}", f"{note}, first to last"))
     return tiles
 

@@ -54,7 +54,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Summary:
-    """summary.json of a finished search; `numbers` are its plain numbers, step_seconds as step_first and step_last."""
+    """summary.json of a finished search; `numbers` are its plain numbers, step_seconds as step_first and so on."""
 
     numbers: Mapping[str, float | None]
     pruned: tuple[Removal, ...]
@@ -263,7 +263,7 @@ def _genotype(path: Path, summary: _Fields | None) -> AnyGenotype | None:
 
 def _summary(summary: _Fields) -> Summary:
     steps = _Fields(summary.mapping("step_seconds"), summary.where)
-    names = ("search_seconds", "retrain_seconds", "test_accuracy", "parameters", "flops")
+    names = ("search_seconds", "search_flops", "retrain_seconds", "test_accuracy", "parameters", "flops")
     removals = []
     for entry in summary.items("pruned"):
         if not isinstance(entry, dict):
@@ -276,6 +276,7 @@ def _summary(summary: _Fields) -> Summary:
             **{name: summary.number(name) for name in names},
             "step_first": steps.number("first"),
             "step_last": steps.number("last"),
+            "step_paths": steps.number("paths"),
         },
         pruned=tuple(removals),
         tabulated=_tabulated(summary),

@@ -154,6 +154,9 @@ def test_summary_agrees_with_the_rest_of_the_folder(finished: Path) -> None:
     assert 0 <= summary["test_accuracy"] <= 1 and summary["parameters"] > 0 and summary["flops"] > 0
     assert summary["search_seconds"] > 0 and summary["tabulated"] is None
     epochs = rows(finished / "metrics.jsonl")
+    assert summary["search_flops"] == epochs[-1]["search_flops"] > epochs[-2]["search_flops"]
+    of_paths = [row["step_seconds"] for row in epochs if row["phase"] == "paths"]
+    assert summary["step_seconds"]["paths"] == pytest.approx(sum(of_paths) / len(of_paths))
     pruned = [(row["epoch"], edge) for row in epochs for edge in row["pruned"]]
     assert [(event["epoch"], event["edge"]) for event in summary["pruned"]] == pruned and len(pruned) == 5
     assert all(event["step"] == 2 * (event["epoch"] + 1) for event in summary["pruned"])

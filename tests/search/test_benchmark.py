@@ -16,8 +16,9 @@ from dssp import retrain, search
 from dssp.arch_genotype import OPERATIONS, ArchGenotype
 from dssp.benchmark import COLUMNS, Benchmark, open_benchmark
 from dssp.bilevel import BilevelSearch
-from dssp.config import ConfigError, SearchConfig
+from dssp.config import SearchConfig
 from dssp.data import load_data
+from dssp.options import ConfigError
 from dssp.search import build_supernet
 from dssp.spaces import DARTS, NASBENCH201
 

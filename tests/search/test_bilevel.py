@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dssp.bilevel import BilevelSearch, frozen
-from dssp.config import ConfigError, SearchConfig
+from dssp.bilevel import BilevelSearch
+from dssp.config import SearchConfig
 from dssp.data import load_data
+from dssp.optimization import frozen
+from dssp.options import ConfigError
 from dssp.search import build_supernet
 from tests.search.small import BATCH, small_data, small_search
 

@@ -87,10 +87,10 @@ def test_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"state": {}}, {"format": 2, "state": {}}, {"format": 3, "state": 3}])
+@pytest.mark.parametrize("content", [[1, 2], {"state": {}}, {"format": 3, "state": {}}, {"format": 4, "state": 3}])
 def test_file_that_is_no_checkpoint_of_this_format_is_skipped(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "search-00001-0000000.pt")
-    with pytest.warns(RuntimeWarning, match="expected a checkpoint of format 3"):
+    with pytest.warns(RuntimeWarning, match="expected a checkpoint of format 4"):
         assert load_newest(tmp_path, "search") is None
 
 

@@ -163,6 +163,7 @@ def test_every_run_is_a_row_of_the_csv(tmp_path: Path) -> None:
     )
     assert float(found["dssp-1"]["test_accuracy"]) == 0.92 and found["dssp-0"]["parameters"] == "213456"
     assert found["dssp-0"]["step_first_seconds"] == "0.31" and found["dssp-0"]["peak_memory_bytes"] == str(GIB)
+    assert found["dssp-0"]["step_paths_seconds"] == "0.04" and found["dssp-0"]["search_flops"] == str(3 * 10**12)
     assert found["dssp-0"]["genotype"].startswith("Genotype(normal=[")
     assert (found["darts-1"]["status"], found["darts-1"]["error"]) == ("failed", 'no, "sorry"\n')
     assert (found["darts-1"]["shared"], found["darts-1"]["test_accuracy"]) == ("yes", "")

@@ -11,7 +11,6 @@ import pytest
 from dssp.config import (
     PRESETS,
     SPACE_PRESETS,
-    ConfigError,
     EvaluateConfig,
     ExportConfig,
     RetrainConfig,
@@ -21,6 +20,7 @@ from dssp.config import (
     parse_retrain,
     parse_search,
 )
+from dssp.options import ConfigError
 from dssp.search import retrain_config
 from dssp.spaces import SPACES
 

@@ -104,6 +104,7 @@ def work() -> dict[str, Any]:
     found: dict[str, Any] = {
         "gradients": gradients(search_of_share(), 1),
         "warm-up gradients": gradients(search_of_share(), 0),
+        "second-order gradients": gradients(search_of_share(method="darts", nodes=1, unrolled=True), 1),
         "search": pruning_search(),
         "retraining": retrained_weights(),
     }
@@ -127,7 +128,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return results_of_ranks(RANKS, work, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("step", ["gradients", "warm-up gradients"])
+@pytest.mark.parametrize("step", ["gradients", "warm-up gradients", "second-order gradients"])
 def test_gradients_are_those_of_the_whole_batch(
     alone: dict[str, Any], results: list[dict[str, Any]], step: str
 ) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dssp.config import ConfigError, SearchConfig
+from dssp.config import SearchConfig
 from dssp.methods.pc_darts import PcDarts
+from dssp.options import ConfigError
 from dssp.partial_channels import PartialEdges, interleaved
 from dssp.relaxation import Mixture, softmax_per_node
 from dssp.spaces import DARTS
