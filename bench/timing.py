@@ -48,8 +48,8 @@ def time_interleaved(
 ) -> Timings:
     """Let the contenders take turns for about `seconds`; where they are slow, longer, to see `min_rounds` (at least 3).
 
-    A turn is about `turn` seconds untimed, so that nobody pays for the caches his predecessor filled (a last-level cache
-    takes several calls to let go of what was in it), then as long again.
+    A turn is about `turn` seconds untimed, so that nobody pays for the caches his predecessor filled (a last-level
+    cache takes several calls to let go of what was in it), then as long again.
     """
     measure = cuda_measure if device.type == "cuda" else host_measure
     work = {name: rotating(calls) for name, calls in contenders.items()}
