@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.source_trees import ROOT, build_extension, copy_of_project, pytest_in
 
+PACKAGE = "dssp_kernels"
 TABLE = ROOT / "docs" / "mutations.md"
 HEADER = """# Mutations
 
@@ -37,12 +38,12 @@ class Mutation:
     tests: str
 
     @property
-    def operator(self) -> str | None:
-        """Whose C++ kernels are to be compiled anew."""
+    def operators(self) -> tuple[str, ...]:
+        """Whose C++ kernels are to be compiled anew: the operator's own, and those its tests compare it with."""
         if not self.file.endswith((".cpp", ".h")):
-            return None
+            return ()
         folder = Path(self.file).parent.name
-        return "mixed_sum" if folder == "dssp_kernels" else folder
+        return ("mixed_sum", folder) if folder == "batch_norm_mixed_sum" else (folder.replace(PACKAGE, "mixed_sum"),)
 
     def row(self, caught_by: str) -> str:
         code = [f"`{part}`".replace("|", "\\|") for part in (self.file, self.text, self.replacement)]
@@ -246,15 +247,15 @@ def failed_test(tree: Path, tests: str) -> str | None:
 
 def trial(mutation: Mutation, folder: Path, *, broken: bool) -> str | None:
     """The test that fails with the mutation, or without it if not ``broken``."""
-    tree = copy_of_project(folder, with_extension=mutation.operator is None)
+    tree = copy_of_project(folder, with_extension=not mutation.operators)
     if broken:
         path = tree / mutation.file
         source = path.read_text()
         if source.count(mutation.text) != 1:
             raise RuntimeError(f"{mutation.name}: expected its text once in {mutation.file}")
         path.write_text(source.replace(mutation.text, mutation.replacement))
-    if mutation.operator is not None:
-        build_extension(tree, "quick", [mutation.operator])
+    if mutation.operators:
+        build_extension(tree, "quick", mutation.operators)
     return failed_test(tree, mutation.tests)
 
 
@@ -278,7 +279,7 @@ def main() -> int:
         for mutation in MUTATIONS:
             if only and mutation.name not in only:
                 continue
-            control = (mutation.operator, mutation.tests)
+            control = (mutation.operators, mutation.tests)
             if control not in controls and (failed := trial(mutation, Path(folder), broken=False)):
                 raise RuntimeError(f"{failed} fails without any mutation")
             controls.add(control)
