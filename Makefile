@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup search test test-all lint wheel bench clean
+.PHONY: setup search test test-all sanitize mutations coverage lint wheel bench clean
 setup: $(VENV)/installed
 
 # torch goes in first, so that the C++ kernels are built against it and it is not downloaded a second time for the build.
@@ -25,6 +25,20 @@ test: setup
 
 test-all: setup
 	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
+
+# The C++ kernels' tests on kernels compiled with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize.
+sanitize: setup
+	$(RUN) -m tests.sanitize $(ARGS)
+
+# Breaks formulas one by one and sees that a test fails; writes docs/mutations.md.
+mutations: setup
+	$(RUN) -m tests.mutations $(ARGS)
+
+coverage: setup
+	$(RUN) -m coverage erase
+	for group in kernels search bench integration; do $(RUN) -m coverage run -m pytest tests/$$group || exit 1; done
+	$(RUN) -m coverage combine
+	$(RUN) -m coverage report $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check --fix .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sysconfig
 from importlib.machinery import PathFinder
@@ -11,6 +12,12 @@ from setuptools import Extension, setup
 
 TORCH_2_10 = "0x020A000000000000"  # the oldest LibTorch stable ABI we run on: one build serves it and every later torch
 
+BUILDS = {  # DSSP_BUILD names one
+    "release": ["-O3", "-g0"],
+    "quick": ["-O1", "-g0"],  # for tests/mutations.py, which compiles many times
+    "sanitize": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+
 
 def installed_torch() -> Path | None:
     """Folder of the torch that is installed, also when pip builds in isolation and hides site-packages."""
@@ -19,11 +26,12 @@ def installed_torch() -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def cpu_kernels(torch: Path) -> Extension:
-    compile_args = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+def cpu_kernels(torch: Path, build: str) -> Extension:
+    compile_args = [*BUILDS[build], "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
     compile_args += ["-Wall", "-Wno-psabi"]  # vectors are only passed to functions that are inlined
-    if platform.machine() == "x86_64" and platform.system() == "Linux":
-        # Baseline, AVX2 and AVX-512 in one file, chosen at run time.
+    if build == "release" and platform.machine() == "x86_64" and platform.system() == "Linux":
+        # Baseline, AVX2 and AVX-512 in one file, chosen at run time. Not under the sanitizers: what chooses runs while
+        # the library is being relocated, before they are ready. All three are compiled from the same loops.
         compile_args.append("-DDSSP_INSTRUCTION_SET_CLONES")
     return Extension(
         "dssp_kernels._cpu",
@@ -33,6 +41,7 @@ def cpu_kernels(torch: Path) -> Extension:
         libraries=["torch_cpu"],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_2_10), ("Py_LIMITED_API", "0x030A0000")],
         extra_compile_args=compile_args,
+        extra_link_args=[flag for flag in BUILDS[build] if flag.startswith("-fsanitize")],
         language="c++",
         py_limited_api=True,
         optional=True,  # without a compiler the install succeeds and dssp_kernels.backend says that the reference runs
@@ -41,7 +50,7 @@ def cpu_kernels(torch: Path) -> Extension:
 
 torch = installed_torch()
 setup(
-    ext_modules=[cpu_kernels(torch)] if torch else [],
+    ext_modules=[cpu_kernels(torch, os.environ.get("DSSP_BUILD", "release"))] if torch else [],
     setup_requires=[] if torch else ["torch>=2.10"],  # setuptools hands this to pip as a requirement of the build
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

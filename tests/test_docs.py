@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutations import MUTATIONS, recorded
+
 ROOT = Path(__file__).parents[1]
 ROWS = [
     [cell.strip() for cell in line.strip("|\n").split("|")]
@@ -33,3 +35,12 @@ def test_table_of_faults_is_linked_and_every_fault_stands_there_once() -> None:
     assert "docs/faults.md" in (ROOT / "README.md").read_text()
     faults = [row[0] for row in ROWS]
     assert len(faults) >= 40 and len(set(faults)) == len(faults)
+
+
+def test_every_mutation_can_be_made_and_is_recorded_with_a_test_that_exists() -> None:
+    assert list(recorded()) == [mutation.name for mutation in MUTATIONS]
+    for mutation in MUTATIONS:
+        row = recorded()[mutation.name]
+        assert (ROOT / mutation.file).read_text().count(mutation.text) == 1, mutation.name
+        path, test = re.findall(r"`([\w/]+\.py)::(test_\w+)` \|$", row)[0]
+        assert row == mutation.row(f"`{path}::{test}`") and test in functions(ROOT / "tests" / path)

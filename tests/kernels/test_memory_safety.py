@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dssp_kernels import batch_norm_mixed_sum, depthwise_conv2d, get_backend, mixed_sum, separable_conv2d, set_backend
-from dssp_kernels.backend import WHY_NO_CPU_KERNELS
+from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.tensors import LAYOUTS
 
 NAN_BYTES, ZERO_BYTES = 0x100, 0xFF  # M_PERTURB fills what malloc gives with the complement of the lowest byte
@@ -52,10 +52,10 @@ def _is_there(library: str) -> bool:
     return True
 
 
-pytestmark = [
-    pytest.mark.skipif(WHY_NO_CPU_KERNELS is not None, reason=f"C++ kernels: {WHY_NO_CPU_KERNELS}"),
-    pytest.mark.skipif(not _can_be_filled(), reason="fresh memory cannot be filled: torch does not use glibc's malloc"),
-]
+pytestmark = with_cpu_kernels
+with_filled_memory = pytest.mark.skipif(
+    not _can_be_filled(), reason="fresh memory cannot be filled: torch does not use glibc's malloc"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +166,7 @@ def on_all_arguments(test: Callable[..., None]) -> Callable[..., None]:
 # ---- claims ----------------------------------------------------------------------------------------------------------
 
 
+@with_filled_memory
 @on_all_arguments
 def test_every_element_of_a_result_is_written(
     operator: Callable[..., Run], shape: tuple[int, ...], dtype: torch.dtype, layout: str
@@ -190,6 +191,9 @@ def run_everything_then_overrun() -> None:
 
 
 @pytest.mark.skipif(not _is_there(CHECKING_MALLOC), reason=f"{CHECKING_MALLOC} is not there")
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer looks at every write itself"
+)
 def test_nothing_is_written_behind_a_result() -> None:
     environment = os.environ | {"LD_PRELOAD": CHECKING_MALLOC, "MALLOC_CHECK_": "3", "PYTHONPATH": str(ROOT)}
     code = "from tests.kernels.test_memory_safety import run_everything_then_overrun as run; run()"

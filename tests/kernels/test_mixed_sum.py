@@ -195,6 +195,19 @@ def test_weight_step_keeps_no_candidate_output_alive() -> None:
     assert _saved_bytes(torch.zeros(4, requires_grad=True), outputs) == 16 + 4 * 4000
 
 
+@pytest.mark.parametrize("size", [1003, 1 << 20], ids=["small", "streamed"])
+def test_weight_step_gives_outputs_the_gradients_of_a_step_that_learns_alpha_too(backend: str, size: int) -> None:
+    m = mixture((size,), edges=2, absent=[1], inactive=[1])
+    found = []
+    for learns_alpha in (False, True):
+        outputs = [None if output is None else output.clone().requires_grad_() for output in m.outputs]
+        alpha = m.alpha.clone().requires_grad_(learns_alpha)
+        present = [output for output in outputs if output is not None]
+        y = mixed_sum(outputs, alpha, m.mask, active=m.active)
+        found.append(torch.autograd.grad(y, present, m.grad))
+    assert all(map(torch.equal, *found)) and found[0][0].any() and not found[0][-1].any()
+
+
 @pytest.mark.parametrize("absent", [(), (0, 3)], ids=["all there", "with None"])
 @pytest.mark.parametrize("needs_parameter_grad", [True, False])
 def test_opcheck(absent: tuple[int, ...], needs_parameter_grad: bool) -> None:

@@ -67,6 +67,19 @@ def test_snas_learns_alpha_and_weights_from_the_training_batch() -> None:
     assert not any(torch.equal(now, was) for now, was in zip(search.supernet.parameters(), before, strict=True))
 
 
+def test_snas_learns_alpha_from_the_penalty_too() -> None:
+    gradients = []
+    for beta_decay in (0.0, 8.0):
+        search = small_search(method="snas", nodes=1, beta_decay=beta_decay)
+        batch = next(search.batches(1))
+        penalty, alpha = search.method.penalty(), search.supernet.alpha["normal"]
+        search.step(batch, 1)
+        gradients.append(alpha.grad)
+    (expected,) = torch.autograd.grad(penalty, alpha)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradients[1] - gradients[0], expected, atol=1e-5, rtol=1e-4)
+
+
 def straight_through(method: GumbelMethod, gumbel: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Value and gradient by alpha of the sum of weights * outputs on the first edge, as the mix computes them."""
     alpha, mixture = method.supernet.alpha["normal"], method.sampled("normal", gumbel, torch.tensor(2.0))

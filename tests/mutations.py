@@ -1,0 +1,298 @@
+"""Breaks one formula after the other in a copy of the project and sees that a test fails: python -m tests.mutations
+
+A mutation that no test notices survives: then a test is missing. What caught each one is written to docs/mutations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.source_trees import ROOT, build_extension, copy_of_project, pytest_in
+
+PACKAGE = "dssp_kernels"
+TABLE = ROOT / "docs" / "mutations.md"
+HEADER = """# Mutations
+
+Each row is a formula that was broken in a copy of the project, and the test that failed. `make mutations` repeats
+all of it, `python -m tests.mutations --only NAME ...` some of it, and both write this table. A control run of the same
+tests on the unbroken copy, compiled the same way, passes before anything is broken.
+
+| mutation | in | instead of | stands | caught by |
+|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`replacement` in place of `text`, which occurs once in `file`; one of `tests`, a file under tests/, must fail."""
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: str
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """Whose C++ kernels are to be compiled anew: the operator's own, and those its tests compare it with."""
+        if not self.file.endswith((".cpp", ".h")):
+            return ()
+        folder = Path(self.file).parent.name
+        return ("mixed_sum", folder) if folder == "batch_norm_mixed_sum" else (folder.replace(PACKAGE, "mixed_sum"),)
+
+    def row(self, caught_by: str) -> str:
+        code = [f"`{part}`".replace("|", "\\|") for part in (self.file, self.text, self.replacement)]
+        return f"| {self.name} | {' | '.join(code)} | {caught_by} |"
+
+
+def of_formulas(file: str, tests: str, *formulas: tuple[str, str, str]) -> list[Mutation]:
+    """(name, text, replacement) each."""
+    return [Mutation(name, file, text, replacement, tests) for name, text, replacement in formulas]
+
+
+MUTATIONS = [
+    # ---- kernels in C++
+    *of_formulas(
+        "dssp_kernels/cpu_mixture.h",
+        "kernels/test_mixed_sum.py",
+        ("mix-cpu-softmax", "(dots[i] - mean)", "dots[i]"),
+        ("mix-cpu-mask", "gates[e] * (1.0 - gates[e]) * mean", "gates[e] * mean"),
+    ),
+    *of_formulas(
+        "dssp_kernels/mixed_sum/cpu.cpp",
+        "kernels/test_mixed_sum.py",
+        (
+            "mix-cpu-weight-step",
+            "scale_loop(g + begin, entry.coefficient,",
+            "scale_loop(g + begin, -entry.coefficient,",
+        ),
+        ("mix-cpu-dot", "sum_of_lanes((a + b) + (c + d))", "sum_of_lanes(a + b + c)"),
+    ),
+    *of_formulas(
+        "dssp_kernels/batch_norm_mixed_sum/cpu.cpp",
+        "kernels/test_batch_norm_mixed_sum.py",
+        ("norm-cpu-slope", "slope[c] = -scale[c] *", "slope[c] = scale[c] *"),
+        ("norm-cpu-mean", "constant[c] = -scale[c] * sums.grad[c] / count - slope", "constant[c] = -slope"),
+        ("norm-cpu-bias", "of.weight[c] * product + of.bias[c] * sums.grad[c]", "of.weight[c] * product"),
+        ("norm-cpu-large-mean", "sums.products[i][c] -= rounding_error", "sums.products[i][c] += rounding_error"),
+        ("norm-cpu-rounds", "sums[u] += more[r][u];", "sums[u] += more[0][u];"),
+    ),
+    *of_formulas(
+        "dssp_kernels/depthwise_conv/cpu_rows.h",
+        "kernels/test_depthwise_conv.py",
+        ("depthwise-cpu-relu", "== 0 ? V{} : sums[j]", "== 0 ? sums[j] : sums[j]"),
+        ("depthwise-cpu-input", "-step * axis.dilation / axis.stride}", "0}"),
+        ("depthwise-cpu-weight", "sums[r][t] += g *", "sums[r][t] -= g *"),
+    ),
+    *of_formulas(
+        "dssp_kernels/separable_conv/cpu.cpp",
+        "kernels/test_separable_conv.py",
+        ("separable-cpu-pointwise", "sums[i][v] += value * g[v]", "sums[i][v] -= value * g[v]"),
+        (
+            "separable-cpu-last-row",
+            "pointwise_partial.data() + part * pointwise_size, first, last)",
+            "pointwise_partial.data() + part * pointwise_size, first, last - 1)",
+        ),
+    ),
+    # ---- kernels in Triton, interpreted
+    *of_formulas(
+        "dssp_kernels/mixed_sum/triton_kernels.py",
+        "kernels/test_triton_mixed_sum.py",
+        ("mix-triton-softmax", "w * (d - mean) if SOFTMAX", "w * d if SOFTMAX"),
+        ("mix-triton-mask", "gate * (1.0 - gate) * mean", "gate * mean"),
+        ("mix-triton-input", "(factors[i] * g)", "(-factors[i] * g)"),
+    ),
+    *of_formulas(
+        "dssp_kernels/batch_norm_mixed_sum/triton_kernels.py",
+        "kernels/test_triton_batch_norm_mixed_sum.py",
+        ("norm-triton-slope", "slope = -scale * inverse", "slope = scale * inverse"),
+        ("norm-triton-mean", "shift = -scale * total / count - slope", "shift = -slope"),
+        (
+            "norm-triton-bias",
+            "weight * product + _per_channel(biases, BIASES, entry, channel, exists, 0.0) * total",
+            "weight * product",
+        ),
+    ),
+    *of_formulas(
+        "dssp_kernels/depthwise_conv/triton_kernels.py",
+        "kernels/test_triton_depthwise_conv.py",
+        ("depthwise-triton-relu", "inputs[t].to(ACC) <= 0.0", "inputs[t].to(ACC) < 0.0"),
+        ("depthwise-triton-input", "-DH,", "DH,"),
+        ("depthwise-triton-weight", "sums[PLACE + i] + grads", "sums[PLACE + i] - grads"),
+    ),
+    # ---- the oracles, and second derivatives
+    *of_formulas(
+        "dssp_kernels/mixed_sum/reference.py",
+        "kernels/test_mixed_sum.py",
+        ("mix-reference-gate", "mask.to(coefficients.dtype).sigmoid()", "mask.to(coefficients.dtype)"),
+    ),
+    *of_formulas(
+        "dssp_kernels/mixed_sum/op.py",
+        "kernels/test_mixed_sum.py",
+        (
+            "mix-second-derivative",
+            "mixed_sum_reference(inputs[3:], cast(Tensor, inputs[0]), inputs[1],",
+            "mixed_sum_reference(inputs[3:], cast(Tensor, inputs[0]).detach().requires_grad_(), inputs[1],",
+        ),
+    ),
+    *of_formulas(
+        "dssp_kernels/batch_norm_mixed_sum/reference.py",
+        "kernels/test_batch_norm_mixed_sum.py",
+        ("norm-reference-variance", "correction=0", "correction=1"),
+        ("norm-reference-running", "variance[entry] * (count / max(count - 1, 1))", "variance[entry]"),
+    ),
+    *of_formulas(
+        "dssp_kernels/depthwise_conv/reference.py",
+        "kernels/test_depthwise_conv.py",
+        ("depthwise-reference-relu", "F.relu(x) if relu else x, w", "x, w"),
+    ),
+    *of_formulas(
+        "dssp_kernels/separable_conv/reference.py",
+        "kernels/test_separable_conv.py",
+        ("separable-reference-relu", "dilation, relu), p", "dilation, False), p"),
+    ),
+    # ---- the search
+    *of_formulas(
+        "dssp/architect.py",
+        "search/test_architect.py",
+        ("architect-penalty", "loss + self.method.penalty()", "loss"),
+    ),
+    *of_formulas(
+        "dssp/hypergradient.py",
+        "search/test_hypergradient.py",
+        ("hypergradient-sign", "d - rate * (plus", "d + rate * (plus"),
+        ("hypergradient-difference", "/ (2 * distance) for", "/ distance for"),
+        ("hypergradient-momentum", 'velocities[i] + group["momentum"] * buffer', "velocities[i]"),
+        ("hypergradient-decay", 'alpha=group["weight_decay"]', "alpha=0.0"),
+    ),
+    *of_formulas(
+        "dssp/pruning.py",
+        "search/test_pruning.py",
+        ("pruning-relative-gate", "gate * len(peers) / sum(peers)", "gate / sum(peers)"),
+        ("pruning-threshold", "table.gates[i] < rules", "table.gates[i] > rules"),
+    ),
+    *of_formulas(
+        "dssp/methods/dssp_paper.py",
+        "search/test_architect.py",
+        ("penalty-sign", "super().penalty() + self", "super().penalty() - self"),
+    ),
+    *of_formulas(
+        "dssp/supernet.py",
+        "search/test_architect.py",
+        ("penalty-of-logits", "self.mask[type].sigmoid(), 0.0", "self.mask[type], 0.0"),
+    ),
+    *of_formulas(
+        "dssp/relaxation.py",
+        "search/test_relaxation.py",
+        ("relaxation-removed", "alpha.masked_fill(~offered, -torch.inf).softmax", "alpha.softmax"),
+        ("relaxation-gates", "gates * count /", "gates /"),
+    ),
+    *of_formulas(
+        "dssp/relaxation.py",
+        "search/test_pc_darts.py",
+        ("relaxation-node", "nodes.unsqueeze(1)) & live", "nodes.unsqueeze(1))"),
+    ),
+    *of_formulas(
+        "dssp/bilevel.py",
+        "search/test_gumbel.py",
+        ("bilevel-joint-penalty", "self.method.penalty if learns_both else None", "None"),
+    ),
+    *of_formulas(
+        "dssp/bilevel.py",
+        "search/test_bilevel.py",
+        ("bilevel-frozen", "[] if config.unrolled else self.weights", "[]"),
+    ),
+    *of_formulas(
+        "dssp/methods/gumbel.py",
+        "search/test_gumbel.py",
+        ("gumbel-sign", "= -exponential", "= exponential"),
+        ("gumbel-temperature", " / temperature.to(alpha.device)", ""),
+    ),
+    *of_formulas(
+        "dssp/methods/gdas.py",
+        "search/test_gumbel.py",
+        ("gdas-straight-through", "hard + (soft - soft.detach())", "hard"),
+    ),
+    *of_formulas(
+        "dssp/methods/base.py",
+        "search/test_countermeasures.py",
+        ("beta-decay-schedule", " * self.epoch / self.config.epochs", ""),
+        ("beta-decay-loss", "alpha.logsumexp(-1)", "alpha.amax(-1)"),
+    ),
+    *of_formulas(
+        "dssp/methods/fair_darts.py",
+        "search/test_fair_darts.py",
+        ("fair-darts-sign", "return -torch", "return torch"),
+    ),
+]
+
+
+def failed_test(tree: Path, tests: str) -> str | None:
+    """The first test that fails in a tree, None if all pass. Raises RuntimeError if the tests did not run."""
+    done = pytest_in(tree, "-x", f"tests/{tests}")
+    found = re.search(r"^FAILED (?:tests/)?([^\s:]+::\w+)", done.stdout, re.MULTILINE)
+    if done.returncode == 0:
+        return None
+    if done.returncode < 0:
+        return f"{tests} (signal {-done.returncode})"
+    if not found:
+        raise RuntimeError(f"{tests}: expected passed or failed tests, got\n{done.stdout}{done.stderr}")
+    return found[1]
+
+
+def trial(mutation: Mutation, folder: Path, *, broken: bool) -> str | None:
+    """The test that fails with the mutation, or without it if not ``broken``."""
+    tree = copy_of_project(folder, with_extension=not mutation.operators)
+    if broken:
+        path = tree / mutation.file
+        source = path.read_text()
+        if source.count(mutation.text) != 1:
+            raise RuntimeError(f"{mutation.name}: expected its text once in {mutation.file}")
+        path.write_text(source.replace(mutation.text, mutation.replacement))
+    if mutation.operators:
+        build_extension(tree, "quick", mutation.operators)
+    return failed_test(tree, mutation.tests)
+
+
+def recorded() -> dict[str, str]:
+    """The rows of the table by the names of their mutations."""
+    lines = TABLE.read_text().splitlines() if TABLE.exists() else []
+    return (
+        {line.split("|")[1].strip(): line for line in lines[lines.index("|---|---|---|---|---|") + 1 :]}
+        if lines
+        else {}
+    )
+
+
+def main() -> int:
+    """0 if every mutation was caught."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[mutation.name for mutation in MUTATIONS])
+    only = parser.parse_args().only
+    rows, controls, survivors = recorded(), set(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for mutation in MUTATIONS:
+            if only and mutation.name not in only:
+                continue
+            control = (mutation.operators, mutation.tests)
+            if control not in controls and (failed := trial(mutation, Path(folder), broken=False)):
+                raise RuntimeError(f"{failed} fails without any mutation")
+            controls.add(control)
+            caught_by = trial(mutation, Path(folder), broken=True)
+            print(f"{mutation.name}: {caught_by or 'SURVIVED'}", flush=True)
+            if caught_by is None:
+                survivors.append(mutation.name)
+                continue
+            rows[mutation.name] = mutation.row(f"`{caught_by}`")
+            kept = [rows[mutation.name] for mutation in MUTATIONS if mutation.name in rows]
+            TABLE.write_text(HEADER + "\n".join(kept) + "\n")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
