@@ -45,6 +45,7 @@ def environment() -> dict[str, str]:
         "LD_PRELOAD": " ".join(runtime_libraries()),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTEST_ADDOPTS": "--capture=sys",  # what the sanitizers say goes past Python, and ends the process
         "DSSP_BACKEND": "cpu",
     }
 
