@@ -274,7 +274,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[mutation.name for mutation in MUTATIONS])
     only = parser.parse_args().only
-    rows, controls, survivors = recorded(), set(), []
+    controls, survivors = set(), []
     with tempfile.TemporaryDirectory() as folder:
         for mutation in MUTATIONS:
             if only and mutation.name not in only:
@@ -288,7 +288,7 @@ def main() -> int:
             if caught_by is None:
                 survivors.append(mutation.name)
                 continue
-            rows[mutation.name] = mutation.row(f"`{caught_by}`")
+            rows = recorded() | {mutation.name: mutation.row(f"`{caught_by}`")}  # another process may have added some
             kept = [rows[mutation.name] for mutation in MUTATIONS if mutation.name in rows]
             TABLE.write_text(HEADER + "\n".join(kept) + "\n")
     return 1 if survivors else 0

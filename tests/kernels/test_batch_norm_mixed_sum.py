@@ -181,6 +181,16 @@ def test_statistics_survive_means_of_ten_thousand_deviations(backend: str, layou
 
 @with_cpu_kernels
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_constant_gradient_has_no_product_with_deviations_from_a_large_mean(layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(4, 11, 31, 33, generator=torch.Generator().manual_seed(0)) + 1e4)
+    alpha, norm = torch.zeros(1), nn.BatchNorm2d(11)
+    y = batch_norm_mixed_sum([x], alpha, norms=[norm], training=True)
+    y.backward(torch.ones_like(y))  # what rounding the mean to float32 leaves is 1e-4 of an element's
+    assert norm.weight.grad is not None and float(norm.weight.grad.abs().max()) < 1e-5 * x.numel() / 11
+
+
+@with_cpu_kernels
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_statistics_survive_a_first_image_unlike_all_others(layout: str) -> None:
     c = case((64, 16, 8, 8), ["stats"], layout=LAYOUTS[layout])
     c.mixture.outputs[0][:2] += 1e4
