@@ -49,7 +49,7 @@ class Part:
         """Counted once for all modules that are alike."""
         known = (what, repr(self.module), self.size)
         if known not in _KNOWN:
-            module = copy_of_shapes(self.module, "cpu").eval().requires_grad_()
+            module = copy_of_shapes(self.module, "cpu").float().eval().requires_grad_()
             with FlopCounterMode(display=False) as counter:
                 run(module)
             _KNOWN[known] = counter.get_total_flops()
@@ -139,7 +139,7 @@ def _parts(supernet: Supernet, shape: Sequence[int]) -> list[tuple[Owner | None,
     places = [(position, edge) for position, name in enumerate(supernet.edges()) for edge in supernet.mixed_edges(name)]
     # One candidate stands for all of an edge, which run on the same; not the first, as that may be `none`.
     spared = [op for _, edge in places for op in [*_left(edge).values()][:-1]]
-    skeleton = copy_of_shapes(supernet, "cpu", without=spared).eval()
+    skeleton = copy_of_shapes(supernet, "cpu", without=spared).float().eval()
     twins = [edge for name in skeleton.edges() for edge in skeleton.mixed_edges(name)]
     stands_for: dict[nn.Module, list[tuple[Owner | None, nn.Module]]] = {}
     for (position, edge), twin in zip(places, twins, strict=True):

@@ -207,6 +207,7 @@ def test_genotype_of_a_search_retrains(finished: Path, data: list[str], tmp_path
 # ---- the same run again, whole or in pieces --------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # runs that are cut and continue are compared with `finished`, too
 def test_same_seed_gives_the_same_run_and_another_seed_another(finished: Path, data: list[str], tmp_path: Path) -> None:
     search.main(flags(data, tmp_path / "same"))
     assert_same_run(tmp_path / "same", finished)

@@ -32,29 +32,34 @@ def variant(kernel: str, arch: int | str, dtype: str, candidates: int, **others:
     return common | {"edges": 1, "n": 2**20} | others
 
 
+SIZES = (
+    ("forward", "bfloat16", 8),
+    ("backward", "bfloat16", 8),
+    ("forward", "float32", 7),
+    ("backward", "float32", 7),
+)
 VARIANTS = [
-    variant(kernel, arch, dtype, candidates)
-    for arch in (80, 90, 100, "gfx942")
-    for kernel, dtype, candidates in (
-        ("forward", "bfloat16", 8),
-        ("backward", "bfloat16", 8),
-        ("forward", "float32", 7),
-        ("backward", "float32", 7),
-    )
-] + [
+    *(variant(kernel, 90, dtype, candidates) for kernel, dtype, candidates in SIZES),
+    variant("forward", "gfx942", "bfloat16", 8),
+    variant("backward", "gfx942", "bfloat16", 8),
     variant("finish", 90, "bfloat16", 8),
     variant("weights", 90, "bfloat16", 8),
+    variant("backward", 90, "bfloat16", 8, edges=2),
+    variant("forward", 90, "bfloat16", 7, n=2**20 + 1),
+    variant("backward", 90, "bfloat16", 33),
+]
+SLOW_VARIANTS = [
+    *(variant(kernel, arch, dtype, candidates) for arch in (80, 100) for kernel, dtype, candidates in SIZES),
+    variant("forward", "gfx942", "float32", 7),
+    variant("backward", "gfx942", "float32", 7),
     variant("weights", 90, "float32", 7),
     variant("forward", 90, "float32", 2),
     variant("backward", 90, "bfloat16", 4),
     variant("forward", 90, "bfloat16", 8, edges=5),
-    variant("backward", 90, "bfloat16", 8, edges=2),
     variant("weights", 90, "bfloat16", 8, edges=2),
-    variant("forward", 90, "bfloat16", 7, n=2**20 + 1),
     variant("backward", 90, "bfloat16", 7, n=2**20 + 1),
     variant("forward", 90, "float32", 8, n=2**31),
     variant("backward", 90, "float32", 8, n=2**31),
-    variant("backward", 90, "bfloat16", 33),
 ]
 
 # Of batch_norm_mixed_sum. Per thread 8 loads of entries are in flight (4 of statistics), and of the gradient 2.
@@ -83,21 +88,24 @@ def norm_variants(*configurations: tuple[int | str, str, dict[str, Any]]) -> lis
     ]
 
 
-NORM_VARIANTS = norm_variants(
-    (90, "contiguous_format", {}),
-    (90, "channels_last", {}),
-    ("gfx942", "channels_last", {}),
-)
+NORM_VARIANTS = norm_variants((90, "contiguous_format", {}), (90, "channels_last", {}))
 SLOW_NORM_VARIANTS = norm_variants(
-    *((arch, layout, {}) for arch in (80, 100) for layout in ("contiguous_format", "channels_last")),
-    ("gfx942", "contiguous_format", {}),
+    *((arch, layout, {}) for arch in (80, 100, "gfx942") for layout in ("contiguous_format", "channels_last")),
     (90, "channels_last", {"dtype": "float32"}),
     (90, "channels_last", {"shape": [64, 24, 7, 7]}),
     (90, "channels_last", {"edges": 2, "affine": True}),
     (90, "contiguous_format", {"edges": 2, "absent": True}),
     (90, "channels_last", {"training": False, "affine": True}),
 )
-EVERY_NORM_VARIANT = [*NORM_VARIANTS, *(pytest.param(v, marks=pytest.mark.slow) for v in SLOW_NORM_VARIANTS)]
+SLOW = [*SLOW_VARIANTS, *SLOW_NORM_VARIANTS]
+
+
+def marked(variants: list[Variant]) -> list[Any]:
+    """The variants as parameters; what is slow is marked so."""
+    return [pytest.param(v, marks=pytest.mark.slow) if v in SLOW else v for v in variants]
+
+
+EVERY_VARIANT, EVERY_NORM_VARIANT = [*VARIANTS, *SLOW_VARIANTS], [*NORM_VARIANTS, *SLOW_NORM_VARIANTS]
 
 
 def name(v: Variant) -> str:
@@ -121,35 +129,29 @@ def compiled(variants: list[Variant]) -> dict[str, dict[str, Any]]:
     return dict(zip(map(name, variants), json.loads(done.stdout), strict=True))
 
 
-@pytest.fixture(scope="module")
-def facts() -> dict[str, dict[str, Any]]:
-    return compiled(VARIANTS)
-
-
 @functools.cache
-def compiled_norms(slow: bool) -> dict[str, dict[str, Any]]:
-    return compiled(SLOW_NORM_VARIANTS if slow else NORM_VARIANTS)
+def compiled_with(slow: bool) -> dict[str, dict[str, Any]]:
+    """All that are slow, or all others, in one process."""
+    return compiled(SLOW if slow else [*VARIANTS, *NORM_VARIANTS])
 
 
 @pytest.fixture
 def found(v: Variant) -> dict[str, Any]:
-    """What the machine code of a kernel of batch_norm_mixed_sum does."""
-    return compiled_norms(v in SLOW_NORM_VARIANTS)[name(v)]
+    """What the machine code of a kernel does."""
+    return compiled_with(v in SLOW)[name(v)]
 
 
-@pytest.mark.parametrize("v", VARIANTS, ids=name)
-def test_no_spills_and_few_registers(v: Variant, facts: dict[str, dict[str, Any]]) -> None:
-    found = facts[name(v)]
+@pytest.mark.parametrize("v", marked(EVERY_VARIANT), ids=name)
+def test_no_spills_and_few_registers(v: Variant, found: dict[str, Any]) -> None:
     assert found["spills"] == 0 and found["stack"] == 0
     if isinstance(v["arch"], int):  # an AMD compute unit has four times the registers
         node = v["kernel"] == "backward" and (v["edges"] > 1 or v["candidates"] > 8)
         assert found["registers"] <= CEILINGS["backward of a node" if node else v["kernel"]]
 
 
-@pytest.mark.parametrize("v", [v for v in VARIANTS if v["kernel"] != "finish"], ids=name)
-def test_every_tensor_is_read_and_written_16_bytes_at_a_time(v: Variant, facts: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("v", marked([v for v in EVERY_VARIANT if v["kernel"] != "finish"]), ids=name)
+def test_every_tensor_is_read_and_written_16_bytes_at_a_time(v: Variant, found: dict[str, Any]) -> None:
     """One 16-byte access per tensor and vector, nothing narrower."""
-    found = facts[name(v)]
     loads, stores = ({int(width): count for width, count in found[key].items()} for key in ("loads", "stores"))
     entries, groups = v["edges"] * v["candidates"], v["edges"] * -(-v["candidates"] // 8)
     reads = {"forward": entries, "backward": entries + groups, "weights": groups}[v["kernel"]]
@@ -167,16 +169,18 @@ def test_every_tensor_is_read_and_written_16_bytes_at_a_time(v: Variant, facts: 
 
 
 @pytest.mark.parametrize(
-    "v", [v for v in VARIANTS if v["kernel"] in ("forward", "backward") and isinstance(v["arch"], int)], ids=name
+    "v",
+    marked([v for v in EVERY_VARIANT if v["kernel"] in ("forward", "backward") and isinstance(v["arch"], int)]),
+    ids=name,
 )
-def test_loads_are_in_flight_together(v: Variant, facts: dict[str, dict[str, Any]]) -> None:
+def test_loads_are_in_flight_together(v: Variant, found: dict[str, Any]) -> None:
     """Nothing is computed, hence nothing waited for, between the first and the last 16-byte load."""
     if v["candidates"] > 8:
         pytest.skip("candidates are read in groups of 8")
-    assert facts[name(v)]["arithmetic_between_loads"] == 0
+    assert found["arithmetic_between_loads"] == 0
 
 
-@pytest.mark.parametrize("v", EVERY_NORM_VARIANT, ids=name)
+@pytest.mark.parametrize("v", marked(EVERY_NORM_VARIANT), ids=name)
 def test_norms_inside_the_mix_spill_nothing(v: Variant, found: dict[str, Any]) -> None:
     assert found["spills"] == 0 and found["stack"] == 0
     if isinstance(v["arch"], int):
@@ -184,7 +188,7 @@ def test_norms_inside_the_mix_spill_nothing(v: Variant, found: dict[str, Any]) -
         assert found["registers"] <= (168 if shifted else NORM_CEILINGS[v["kernel"]])
 
 
-@pytest.mark.parametrize("v", EVERY_NORM_VARIANT, ids=name)
+@pytest.mark.parametrize("v", marked(EVERY_NORM_VARIANT), ids=name)
 def test_norms_inside_the_mix_read_every_entry_once_16_bytes_at_a_time(v: Variant, found: dict[str, Any]) -> None:
     """Per thread and step: two vectors of each of a group's four entries, and of the gradient; four of statistics.
 

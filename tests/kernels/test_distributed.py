@@ -16,7 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from dssp_kernels import FusedMixedEdge, FusedMixedNode
 
 RANKS = 2
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
 
 
 class Supernet(nn.Module):
@@ -75,7 +78,7 @@ def train_a_share(rank: int, folder: str) -> None:
 def gradients(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor | None]]]:
     """Of each rank and step."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(train_a_share, (str(folder),), nprocs=RANKS)
+    mp.start_processes(train_a_share, (str(folder),), nprocs=RANKS, start_method="fork")
     return [torch.load(folder / f"gradients{rank}.pt") for rank in range(RANKS)]
 
 

@@ -146,7 +146,7 @@ CHANGES: dict[str, Callable[[Supernet], None]] = {
     ("change", "training"),
     [
         ("nothing", True),
-        ("edge pruned", False),
+        pytest.param("edge pruned", False, marks=pytest.mark.slow),
         pytest.param("nothing", False, marks=pytest.mark.slow),
         pytest.param("edge removed", True, marks=pytest.mark.slow),
     ],

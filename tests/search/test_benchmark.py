@@ -25,7 +25,7 @@ from dssp.spaces import DARTS, NASBENCH201
 HEADINGS = "index,arch,cifar10_valid_12ep,cifar10_test_12ep,cifar10_test_200ep"
 SKIPS = "|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|skip_connect~2|"
 CONVS = SKIPS.replace("skip_connect", "nor_conv_3x3")
-SIZES = "--channels 2 --cells 1 --image-size 8 --threads 1 --batch-size 192"
+SIZES = "--channels 2 --cells 1 --image-size 8 --threads 1 --batch-size 48 --train-images 200"
 
 
 def table(path: Path, rows: list[str], headings: str = HEADINGS) -> str:

@@ -52,7 +52,7 @@ def batch(genotype: AnyGenotype) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "genotype",
-    [pytest.param(EVERY_OPERATION, id="darts"), pytest.param(ARCH, id="nasbench201", marks=pytest.mark.slow)],
+    [pytest.param(EVERY_OPERATION, id="darts", marks=pytest.mark.slow), pytest.param(ARCH, id="nasbench201")],
 )
 def test_exported_program_runs_without_this_package_on_any_batch(genotype: AnyGenotype, tmp_path: Path) -> None:
     torch.save(batch(genotype), tmp_path / "batch.pt")

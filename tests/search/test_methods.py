@@ -46,7 +46,7 @@ def test_the_planted_operation_is_found(method: str, monkeypatch: pytest.MonkeyP
     assert search.derived() == ANSWER
 
 
-COUNTERMEASURES = {"unrolled": True, "beta_decay": 5.0, "early_stop": True, "max_skips": 0}
+COUNTERMEASURES = {"unrolled": True, "finite_difference": True, "beta_decay": 5.0, "early_stop": True, "max_skips": 0}
 
 
 @pytest.mark.parametrize(("method", "options"), [*((method, {}) for method in METHODS), ("darts", COUNTERMEASURES)])
