@@ -25,7 +25,7 @@ from dssp.spaces import DARTS, NASBENCH201
 HEADINGS = "index,arch,cifar10_valid_12ep,cifar10_test_12ep,cifar10_test_200ep"
 SKIPS = "|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|skip_connect~2|"
 CONVS = SKIPS.replace("skip_connect", "nor_conv_3x3")
-SIZES = "--channels 2 --cells 1 --image-size 8 --threads 1 --batch-size 48 --train-images 200"
+SIZES = "--channels 2 --cells 1 --image-size 8 --threads 1 --batch-size 192"
 
 
 def table(path: Path, rows: list[str], headings: str = HEADINGS) -> str:
@@ -100,7 +100,8 @@ def test_space_without_arch_strings_is_refused_before_anything_is_read() -> None
 
 def run_search(run: Path, *flags: str) -> dict[str, Any]:
     space = ["--dataset", "fake", "--space", "nasbench201", "--epochs", "3", "--warmup-epochs", "1"]
-    search.main([*space, *SIZES.split(), "--run-dir", str(run), *flags])
+    few = ["--train-images", "200", "--batch-size", "48", "--held-out", "64", "--scored-paths", "16"]
+    search.main([*space, *SIZES.split(), *few, "--run-dir", str(run), *flags])
     return json.loads((run / "summary.json").read_text())
 
 
