@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,7 +16,7 @@ from dssp.benchmark import Benchmark
 from dssp.budget import Budget
 from dssp.capture import CapturedStep
 from dssp.config import SearchConfig
-from dssp.data import DataSet, keyed_generator
+from dssp.data import DataSet, Split, keyed_generator
 from dssp.distributed import check_same, checksum, ranks, share
 from dssp.early_stopping import EarlyStopping, dominant_eigenvalue
 from dssp.genotype import AnyGenotype
@@ -95,9 +97,12 @@ class BilevelSearch:
 
     # ---- the engine's side -----------------------------------------------------------------------------------------
 
-    def steps(self) -> int:
-        """Steps per epoch: both halves are passed through once, by all ranks together."""
-        return max(1, min(len(self.data.train), len(self.data.valid)) // (self.config.batch_size * ranks()))
+    def steps(self, epoch: int) -> int:
+        """In an epoch: both halves are passed through once, by all ranks together."""
+        images = len(self._training_images(epoch))
+        if self.method.phase(epoch) != "paths":
+            images = min(images, len(self.data.valid))
+        return max(1, images // (self.config.batch_size * ranks()))
 
     def batches(self, epoch: int, *, first: int = 0) -> Iterator[Step]:
         """What the steps of an epoch need, from step ``first`` on; the method makes itself ready for the epoch."""
@@ -117,7 +122,7 @@ class BilevelSearch:
         chance = keyed_generator(self.config.seed, epoch, "noise")
         for _ in range(first):
             self.method.noise(chance, epoch)
-        train = self.data.train.batches(self.config.batch_size, **order)
+        train = self._training_images(epoch).batches(self.config.batch_size, **order)
         if self.method.phase(epoch) != "search" or self.method.joint:
             for batch in train:
                 yield batch, None, self.method.noise(chance, epoch)
@@ -150,7 +155,7 @@ class BilevelSearch:
         row["active_edges"] = len(self.supernet.live_edges())
         row["total_edges"] = sum(1 for _ in self.supernet.edges())
         row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        row |= {"pruned": [], "dropped": []} | self.method.end_epoch(epoch, step=(epoch + 1) * self.steps())
+        row |= {"pruned": [], "dropped": []} | self.method.end_epoch(epoch, step=sum(map(self.steps, range(epoch + 1))))
         if row["pruned"] or row["dropped"]:
             self._forget_removed_weights()
         if phase == "search" and self.config.early_stop:
@@ -244,6 +249,17 @@ class BilevelSearch:
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.method.logits(images, {})
+
+    def _training_images(self, epoch: int) -> Split:
+        return self._path_images if self.method.phase(epoch) == "paths" else self.data.train
+
+    @cached_property
+    def _path_images(self) -> Split:
+        """Of both halves but the held-out images: paths are trained when alpha needs the validation half no more."""
+        config, train = self.config, self.data.train
+        held_out = max(config.held_out, config.compared_images)
+        others = self.data.valid.without_sample(held_out, seed=config.seed)
+        return replace(train, indices=torch.cat([train.indices, others]).sort().values)
 
     @cached_property
     def _compared_on(self) -> Batch:

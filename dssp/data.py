@@ -162,8 +162,15 @@ class Split:
 
     def sample(self, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
         """``count`` images as they are (or all, if there are fewer) and their labels, drawn at random by seed."""
-        drawn = torch.randperm(len(self), generator=keyed_generator(seed, "sample", self.name))[:count]
-        return next(replace(self, indices=self.indices[drawn]).batches(count, epoch=0, seed=seed, train=False))
+        drawn = replace(self, indices=self._shuffled(seed)[:count])
+        return next(drawn.batches(count, epoch=0, seed=seed, train=False))
+
+    def without_sample(self, count: int, *, seed: int) -> Tensor:
+        """Indices of the images that sample(count), and that of any smaller count, leaves."""
+        return self._shuffled(seed)[count:]
+
+    def _shuffled(self, seed: int) -> Tensor:
+        return self.indices[torch.randperm(len(self), generator=keyed_generator(seed, "sample", self.name))]
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         images = (pixels.to(torch.float32) - self.mean) / self.std

@@ -30,8 +30,8 @@ class Task(Protocol):
     name: str
     epochs: int
 
-    def steps(self) -> int:
-        """Steps per epoch."""
+    def steps(self, epoch: int) -> int:
+        """How many an epoch has."""
 
     def batches(self, epoch: int, *, first: int = 0) -> Iterator[Any]:
         """The batches of an epoch, from step ``first`` on: a function of the two alone."""

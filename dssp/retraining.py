@@ -42,8 +42,8 @@ class Retraining:
         """The network to be used: that of the averaged weights, if there is one."""
         return self.network if self.average is None else self.average.network
 
-    def steps(self) -> int:
-        """Steps per epoch."""
+    def steps(self, epoch: int) -> int:
+        """In every epoch: all training images are passed through once, by all ranks together."""
         return max(1, len(self.train) // (self.config.batch_size * ranks()))
 
     def batches(self, epoch: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

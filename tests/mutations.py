@@ -165,7 +165,8 @@ MUTATIONS = [
     *of_formulas(
         "dssp/hypergradient.py",
         "search/test_hypergradient.py",
-        ("hypergradient-sign", "d - rate * (plus", "d + rate * (plus"),
+        ("hypergradient-sign", "d - rate * product", "d + rate * product"),
+        ("hypergradient-exact", "architecture, directions)", "architecture, [-d for d in directions])"),
         ("hypergradient-difference", "/ (2 * distance) for", "/ distance for"),
         ("hypergradient-momentum", 'velocities[i] + group["momentum"] * buffer', "velocities[i]"),
         ("hypergradient-decay", 'alpha=group["weight_decay"]', "alpha=0.0"),

@@ -35,8 +35,8 @@ class ProgressBar(Callback):
         )
         self.bar: TaskID = self.progress.add_task(
             task.name,
-            total=task.epochs * task.steps(),
-            completed=engine.epoch * task.steps() + engine.step,
+            total=sum(map(task.steps, range(task.epochs))),
+            completed=sum(map(task.steps, range(engine.epoch))) + engine.step,
             status="",
         )
         self.looked, self.steps_since = time.perf_counter(), 0

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from dssp_kernels import separable_conv2d
 from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.convolutions import assert_as_exact, normal, run
+from tests.kernels.derivatives import assert_differentiable_twice
 from tests.kernels.tensors import LAYOUTS, SLACK
 
 
@@ -93,8 +93,7 @@ def test_gradcheck_and_gradgradcheck(stride: int) -> None:
     def convolve(*tensors: Tensor) -> Tensor:
         return separable_conv2d(*tensors, stride=stride, padding=2, dilation=2, relu=True)
 
-    assert gradcheck(convolve, leaves)
-    assert gradgradcheck(convolve, leaves)
+    assert_differentiable_twice(convolve, leaves)
 
 
 @with_cpu_kernels

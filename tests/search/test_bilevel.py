@@ -145,12 +145,12 @@ def test_darts_has_no_gates_and_prunes_nothing() -> None:
 
 def test_steps_are_what_an_epoch_yields() -> None:
     search = small_search()
-    assert search.steps() == len(list(search.batches(1))) == len(small_data().train) // BATCH == 2
+    assert search.steps(1) == len(list(search.batches(1))) == len(small_data().train) // BATCH == 2
 
 
 def test_batch_larger_than_the_data_is_one_step() -> None:
     search = small_search(batch_size=1000)
-    assert search.steps() == len(list(search.batches(0))) == len(list(search.batches(1))) == 1
+    assert search.steps(1) == len(list(search.batches(0))) == len(list(search.batches(1))) == 1
 
 
 def test_learning_rate_falls_along_the_cosine() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dssp.bilevel import BilevelSearch
 from dssp.methods.dssp import Dssp
-from tests.search.small import small_search
+from tests.search.small import small_data, small_search
 
 SETTINGS = {"method": "dssp", "epochs": 6, "warmup_epochs": 1, "path_epochs": 3, "scored_paths": 12, "held_out": 8}
 
@@ -49,6 +50,20 @@ def test_hard_paths_train_weights_only_and_run_one_candidate_per_edge() -> None:
         assert len(set(edges)) == len(edges) > 0
     after = search.supernet.architecture_parameters()
     assert all(torch.equal(a, b) for a, b in zip(architecture, after, strict=True))
+
+
+def test_hard_paths_learn_from_both_halves_but_the_images_they_are_compared_on() -> None:
+    search, data = small_search(**SETTINGS, compared_images=8, batch_size=4), small_data()
+    compared, _ = data.valid.sample(8, seed=0)
+    others = [
+        image for image in data.valid.sample(len(data.valid), seed=0)[0] if not (image == compared).all((1, 2, 3)).any()
+    ]
+    plain = replace(search._training_images(3), padding=0, flip=False)
+    seen, _ = plain.sample(len(plain), seed=0)
+    assert len(seen) == len(data.train) + len(data.valid) - 8 and len(others) == len(data.valid) - 8
+    assert not any((image == seen).all((1, 2, 3)).any() for image in compared)
+    assert all((image == seen).all((1, 2, 3)).any() for image in others)
+    assert search.steps(3) == len(list(search.batches(3))) > search.steps(2) == len(list(search.batches(2)))
 
 
 def test_derived_cell_is_the_path_of_the_lowest_held_out_loss() -> None:

@@ -25,7 +25,7 @@ class Decay:
     def __init__(self) -> None:
         self.x = torch.tensor(1.0)
 
-    def steps(self) -> int:
+    def steps(self, epoch: int) -> int:
         return 3
 
     def batches(self, epoch: int, *, first: int = 0) -> Iterator[float]:

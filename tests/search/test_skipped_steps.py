@@ -182,7 +182,7 @@ class Scripted:
     def __init__(self, losses: list[float]) -> None:
         self.losses = losses
 
-    def steps(self) -> int:
+    def steps(self, epoch: int) -> int:
         return len(self.losses)
 
     def batches(self, epoch: int, *, first: int = 0) -> Iterator[float]:
