@@ -374,10 +374,11 @@ class SearchConfig(_Config):
         if self.method != "dssp":
             presets["path_epochs"] = 0
         epochs = presets["epochs"] if self.epochs is None else self.epochs
-        for field, other in (("warmup_epochs", "path_epochs"), ("path_epochs", "warmup_epochs")):
-            scaled = round(presets[field] * epochs / presets["epochs"])
-            taken = presets[other] if getattr(self, other) is None else getattr(self, other)
-            presets[field] = max(min(scaled, epochs - taken - 1), 0)  # one epoch at least to search in
+        phases = ("warmup_epochs", "path_epochs")
+        scaled = {field: round(presets[field] * epochs / presets["epochs"]) for field in phases}
+        for field, other in (phases, reversed(phases)):
+            taken = scaled[other] if getattr(self, other) is None else getattr(self, other)
+            presets[field] = max(min(scaled[field], epochs - taken - 1), 0)  # one epoch at least to search in
         return presets
 
 

@@ -111,6 +111,8 @@ def test_warm_up_keeps_its_share_of_the_epochs() -> None:
     resolved = SearchConfig(dataset="cifar10", epochs=2 * preset["epochs"]).resolve()
     assert resolved.warmup_epochs == 2 * preset["warmup_epochs"]
     assert SearchConfig(epochs=1).resolve().warmup_epochs == 0
+    half = SearchConfig(epochs=6).resolve()
+    assert (half.warmup_epochs, half.path_epochs) == (1, 3)  # each its share, also where both shrink
     assert SearchConfig(epochs=10, warmup_epochs=10).resolve().warmup_epochs == 10
 
 
