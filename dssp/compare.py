@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,21 +23,31 @@ def run(plan: ComparePlan, console: Console) -> Comparison:
     folder = open_run_folder(plan, "compare", {})
     for line in refusals(plan):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    comparison = search_all(plan, folder, console, write_comparison)
+    print_table(console, comparison)
+    names = ("comparison.csv", "comparison.json", "comparison.html")
+    console.print("\n".join(str(folder / name) for name in names), highlight=False, soft_wrap=True)
+    end_if_failed(comparison)
+    return comparison
+
+
+def search_all(plan: ComparePlan, folder: Path, console: Console, read: Callable[[Path], Comparison]) -> Comparison:
+    """Run what is not finished and return what ``read`` makes of the folder; it is also called after every run."""
     runs = plan.runs(folder)
     with ComparisonBar(console, runs) as bar:
 
         def ended(one: PlannedRun) -> None:
-            comparison = write_comparison(folder)
-            bar.ended(next(result for result in comparison.results if result.name == one.name))
+            bar.ended(next(result for result in read(folder).results if result.name == one.name))
 
         Processes(folder, plan.jobs).run(runs, look=bar.look, ended=ended)
-    comparison = write_comparison(folder)
-    print_table(console, comparison)
-    names = ("comparison.csv", "comparison.json", "comparison.html")
-    console.print("\n".join(str(folder / name) for name in names), highlight=False, soft_wrap=True)
+    return read(folder)
+
+
+def end_if_failed(comparison: Comparison) -> None:
+    """Status 1 and a line, if a run failed."""
     if failed := [result.name for result in comparison.results if result.status == "failed"]:
-        sys.exit(f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}); --resume tries them again")
-    return comparison
+        count = len(comparison.results)
+        sys.exit(f"{len(failed)} of {count} runs failed ({', '.join(failed)}); --resume tries them again")
 
 
 def write_comparison(folder: Path) -> Comparison:

@@ -92,6 +92,8 @@ OPTION_METHODS = {
     "unrolled": ("dssp", "dssp-paper", *BILEVEL_METHODS),
     "beta_decay": ("dssp", "dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
     "max_skips": ("dssp-paper", *BILEVEL_METHODS, "snas", "gdas"),
+    "raw_gates": ("dssp",),
+    "offer_none": ("dssp",),
 }
 DETERMINISTIC = "only algorithms that give the same bits every time; ends where an operation has none"
 RESIZED = ("imagefolder", "fake")  # the data sets whose images have no size of their own
@@ -290,6 +292,14 @@ class SearchConfig(_Config):
     edge_budget: float = option(
         None, "share of the edges still active at the end (strategies measured and budget)", "pruning", low=0, high=1
     )
+    raw_gates: bool = option(
+        False,
+        "mix by the gates themselves, as the paper does, not relative to the others of their node (method dssp)",
+        "pruning",
+    )
+    offer_none: bool = option(
+        False, "`none` is a candidate too, though a mask that closes says the same (method dssp)", "pruning"
+    )
     candidates_kept: int = option(
         2, "candidates that every edge keeps for the last phase (method dssp)", "pruning", low=1
     )
@@ -340,6 +350,8 @@ class SearchConfig(_Config):
         for name, methods in OPTION_METHODS.items():
             if getattr(self, name) != defaults[name] and self.method not in methods:
                 raise ConfigError(name, f"expected method {', '.join(methods)}, got {self.method}")
+        if self.offer_none and self.candidates_kept < 2:
+            raise ConfigError("candidates_kept", f"expected at least 2, one may be `none`, got {self.candidates_kept}")
         if self.finite_difference and not self.unrolled:
             raise ConfigError("finite_difference", "the first order has no second derivative, add --unrolled")
         if None not in (self.epochs, self.warmup_epochs, self.path_epochs):

@@ -34,9 +34,9 @@ from dssp.sync_batch_norm import synchronise_norms
 
 
 def search_space(config: SearchConfig) -> CellSpace:
-    """The configured space. Masks say what `none` says, so a method that has them does not offer it as a candidate."""
+    """The configured space. Masks say what `none` says: methods that have them offer it only if told to."""
     space = replace(get_space(config.space), nodes=config.nodes)
-    if not METHODS[config.method].offers_none:
+    if not (METHODS[config.method].offers_none or config.offer_none):
         space = replace(space, operations=tuple(name for name in space.operations if name != "none"))
     return space
 

@@ -29,7 +29,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        return run_name(self.config.method, self.config.seed)
+        return self.folder.name
 
     @property
     def epochs(self) -> int:
@@ -62,9 +62,13 @@ class ComparePlan:
         """Seed after seed, so that every method has its first result early."""
         return [self._run(method, seed, folder) for seed in range(self.seeds) for method in self.methods]
 
+    def fields(self, method: str) -> dict[str, Any]:
+        """What the runs of a method have in common."""
+        taken = {name: value for name, value in self.given.items() if name not in self.refused[method]}
+        return {**taken, "method": method}
+
     def _run(self, method: str, seed: int, folder: Path) -> PlannedRun:
-        fields = {name: value for name, value in self.given.items() if name not in self.refused[method]}
-        fields |= {"method": method, "seed": seed, "run_dir": str(folder / run_name(method, seed))}
+        fields = self.fields(method) | {"seed": seed, "run_dir": str(folder / run_name(method, seed))}
         return PlannedRun(SearchConfig(**fields).resolve(), Path(fields["run_dir"]), flags(fields))
 
 
@@ -85,16 +89,7 @@ def parse_compare(argv: Sequence[str] | None = None) -> ComparePlan:
         metavar="METHOD",
         help=f"search methods, among {', '.join(METHODS)}; default: all of them",
     )
-    section.add_argument(
-        "--seeds", type=_positive, default=3, metavar="N", help="runs of every method: seeds 0 to N-1 (default 3)"
-    )
-    section.add_argument(
-        "--jobs",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="runs at a time; above 1, they share the machine and the table says so beside the times (default 1)",
-    )
+    add_counts(section, "method")
     given = vars(parser.parse_args(argv))
     methods = tuple(dict.fromkeys(given.pop("methods")))
     own = {name: given.pop(name) for name in ("seeds", "jobs")}
@@ -107,6 +102,20 @@ def parse_compare(argv: Sequence[str] | None = None) -> ComparePlan:
     except ConfigError as error:
         parser.error(f"argument --{error.field.replace('_', '-')}: {error.reason}")
     return ComparePlan(methods=methods, given=given, refused=refused, **own)
+
+
+def add_counts(section: argparse._ActionsContainer, subject: str) -> None:
+    """The flags --seeds and --jobs."""
+    section.add_argument(
+        "--seeds", type=_positive, default=3, metavar="N", help=f"runs of every {subject}: seeds 0 to N-1 (default 3)"
+    )
+    section.add_argument(
+        "--jobs",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="runs at a time; above 1, they share the machine and the table says so beside the times (default 1)",
+    )
 
 
 def refused_fields(method: str, given: Mapping[str, Any]) -> dict[str, str]:

@@ -24,7 +24,7 @@ class Dssp(DsspPaper):
     """The paper's masks, made to carry information, and a search that ends in what it was trained for.
 
     1. Gates are relative: g_e = sigmoid(m_e) / mean over the live edges into the same node (see dssp.pruning for why;
-       where nodes have shortcuts, into the same cell: see CellSpace.gate_groups).
+       where nodes have shortcuts, into the same cell: see CellSpace.gate_groups); with ``raw_gates`` the paper's.
     2. Edges leave by ``prune_strategy``, candidates where masking them costs least (dssp.candidate_pruning), all in
        the first ``epochs - path_epochs`` epochs.
     3. Then alpha and masks are frozen, the learning rate starts again, and every step trains one hard path drawn
@@ -58,6 +58,8 @@ class Dssp(DsspPaper):
         return self.paths.mixtures(noise) if self.paths.are_open else super().mixtures(noise)
 
     def mixture(self, cell_type: str) -> Mixture:
+        if self.config.raw_gates:
+            return super().mixture(cell_type)
         supernet = self.supernet
         weights = softmax_over(supernet.alpha[cell_type], supernet.offered(cell_type))
         gates = normalised_gates(supernet.mask[cell_type], supernet.active(cell_type), self._groups)

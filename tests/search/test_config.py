@@ -159,6 +159,7 @@ def test_configuration_is_frozen() -> None:
         ("--dataset mnist", "--dataset"),
         ("--device tpu", "--device"),
         ("--prune-strategy sometimes", "--prune-strategy"),
+        ("--offer-none --candidates-kept 1", "--candidates-kept"),
         ("--method darts --prune-strategy relative", "--prune-strategy"),
         ("--image-size 64", "--image-size"),
         ("--cells 2", "--cells"),

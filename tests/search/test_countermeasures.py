@@ -202,6 +202,10 @@ def test_looking_at_the_eigenvalue_changes_nothing_else() -> None:
         ({"max_skips": 2}, "random"),
         ({"early_stop": True}, "snas"),
         ({"early_stop": True}, "dssp-paper"),
+        ({"raw_gates": True}, "dssp-paper"),
+        ({"raw_gates": True}, "darts"),
+        ({"offer_none": True}, "dssp-paper"),
+        ({"offer_none": True}, "random"),
     ],
 )
 def test_option_that_a_method_cannot_have_is_refused(option: dict[str, float], method: str) -> None:

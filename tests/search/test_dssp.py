@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from dssp.bilevel import BilevelSearch
 from dssp.methods.dssp import Dssp
-from tests.search.small import small_data, small_search
+from tests.search.small import set_gates, small_data, small_search
 
 SETTINGS = {"method": "dssp", "epochs": 6, "warmup_epochs": 1, "path_epochs": 3, "scored_paths": 12, "held_out": 8}
 
@@ -112,3 +113,28 @@ def test_downsampled_images_are_means_over_squares() -> None:
     method = small_search(method="darts", downsample=2).method
     images = torch.arange(9.0).reshape(1, 1, 3, 3)
     assert method.downsampled(images).flatten().tolist() == [2.0, 3.5, 6.5, 8.0]
+
+
+def test_raw_gates_mix_as_the_paper_has_it() -> None:
+    relative, raw = (small_search(method="dssp", raw_gates=raw) for raw in (False, True))
+    for search in (relative, raw):
+        set_gates(search.supernet, [0.1 * i for i in range(1, 6)] * 2)
+    found, paper = raw.method.mixture("normal").weights, raw.supernet.mixture("normal").weights
+    assert torch.equal(found, paper) and torch.allclose(found.sum(1), torch.arange(1, 6) * 0.1)
+    assert torch.allclose(relative.method.mixture("normal").weights.sum(1)[:2], torch.tensor([2 / 3, 4 / 3]))
+
+
+def test_none_is_a_candidate_only_if_it_is_to_be_offered() -> None:
+    assert "none" not in small_search(method="dssp").supernet.space.operations
+    assert "none" in small_search(method="dssp", offer_none=True).supernet.space.operations
+
+
+@pytest.mark.parametrize("path_epochs", [3, 0])
+def test_offered_none_is_derived_nowhere(path_epochs: int) -> None:
+    search = small_search(**{**SETTINGS, "nodes": 1, "path_epochs": path_epochs}, offer_none=True)
+    with torch.no_grad():
+        for alpha in search.supernet.alpha.values():
+            alpha[:, search.supernet.space.operations.index("none")] = 9.0
+    run(search, range(6))
+    nodes = [node for cell, _ in search.derived().cells.values() for node in cell]
+    assert all(nodes) and all(name != "none" for node in nodes for name, _ in node)

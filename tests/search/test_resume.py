@@ -33,6 +33,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "dssp-nasbench201": {"method": "dssp", "space": "nasbench201", "nodes": 3, "cells": 1},
     "dssp-bfloat16": {"method": "dssp", "precision": "bfloat16"},
     "dssp-without-paths": {"method": "dssp", "path_epochs": 0, "prune_strategy": "relative", "prune_threshold": 1.0},
+    "dssp-raw-gates-and-none": {"method": "dssp", "raw_gates": True, "offer_none": True},
     "dssp-paper-budget": {"method": "dssp-paper", "nodes": 2, "prune_strategy": "budget"},
     "darts-unrolled": {"method": "darts", "unrolled": True, "warmup_epochs": 0},
     "darts-early-stop": {"method": "darts", "early_stop": True, "beta_decay": 1.0, "warmup_epochs": 0},
