@@ -1,41 +1,51 @@
-"""Which candidates leave an edge, and when: twice, the ones whose masking costs least, until a few are left."""
+"""Which candidates leave an edge, and when: twice, those that are worth least, until a few are left."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dssp.held_out import Measure, candidate_effects
 from dssp.supernet import Supernet
+
+Worth = Callable[[Sequence[tuple[str, str]]], Sequence[float]]
+"""How much candidates, given as (edge, operation), lower the held-out loss."""
 
 
 @dataclass(frozen=True)
 class CandidateSchedule:
-    """After two thirds of the first `epochs` epochs, and at their end, the candidates of every edge go down to `kept`.
+    """The candidates of every edge go down to `kept` at two points, passing the geometric mean at the first.
 
-    On the way they pass the geometric mean, so that both times the same share of them leaves.
+    The first comes after two thirds of the `epochs` that mix candidates; the second after half of the `path_epochs`
+    behind them, that run one candidate per edge, and where these are fewer than two, at the end of the mixing.
     """
 
     epochs: int
+    path_epochs: int
     kept: int
+
+    @property
+    def last(self) -> int:
+        """The epoch after which no candidate leaves any more."""
+        return self.epochs + self.path_epochs // 2 - 1
 
     def survivors(self, epoch: int, candidates: int) -> int | None:
         """How many of `candidates` an edge keeps after the end of `epoch`; None: this is no pruning point."""
-        first, last = round(2 * self.epochs / 3) - 1, self.epochs - 1
-        if epoch == last:
+        if epoch == self.last:
             return min(self.kept, candidates)
+        first = round(2 * self.epochs / 3) - 1
         return round((candidates * self.kept) ** 0.5) if epoch == first and candidates > self.kept else None
 
 
 class CandidatePruner:
     """Removes candidates from the live edges of a supernet and remembers what left when.
 
-    A candidate leaves if masking it, the softmax renormalised over the others of its edge, raises the loss on held-out
-    images least: what alpha believes does not count (it favours skip connections, and more so the longer it learns).
+    On every edge those leave that `worth` says are worth least: what alpha believes does not count (it favours skip
+    connections, and more so the longer it learns).
     """
 
-    def __init__(self, supernet: Supernet, schedule: CandidateSchedule, losses: Measure) -> None:
-        self.supernet, self.schedule, self.losses = supernet, schedule, losses
+    def __init__(self, supernet: Supernet, schedule: CandidateSchedule, worth: Worth) -> None:
+        self.supernet, self.schedule, self.worth = supernet, schedule, worth
         self.history: list[dict[str, Any]] = []
 
     def end_epoch(self, epoch: int, step: int) -> list[str]:
@@ -46,8 +56,7 @@ class CandidatePruner:
             return []
         left = {edge: self._left(edge) for edge in self.supernet.live_edges()}
         candidates = [(edge, name) for edge, names in left.items() if len(names) > survivors for name in names]
-        effects = candidate_effects(self.supernet, candidates, self.losses)
-        ranked = sorted(zip(candidates, (float(effect.mean()) for effect in effects), strict=True), key=lambda c: c[1])
+        ranked = sorted(zip(candidates, self.worth(candidates), strict=True), key=lambda candidate: candidate[1])
         leaving = []
         for (edge, operation), _ in ranked:
             if len(left[edge]) > survivors:

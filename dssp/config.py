@@ -300,9 +300,7 @@ class SearchConfig(_Config):
     offer_none: bool = option(
         False, "`none` is a candidate too, though a mask that closes says the same (method dssp)", "pruning"
     )
-    candidates_kept: int = option(
-        2, "candidates that every edge keeps for the last phase (method dssp)", "pruning", low=1
-    )
+    candidates_kept: int = option(2, "candidates that every edge keeps at the end (method dssp)", "pruning", low=1)
     path_epochs: int = option(
         None,
         "last epochs that train hard paths, one candidate per edge, before these are compared (method dssp); the "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from dssp.budget import Budget
 from dssp.config import SearchConfig
 from dssp.genotype import AnyGenotype
 from dssp.held_out import Losses
+from dssp.path_effects import path_effects
 from dssp.paths import Path, PathSpace, Score, select
 from dssp.relaxation import Mixture
 from dssp.supernet import Supernet
@@ -36,9 +39,13 @@ class HardPaths:
         return self.space is not None
 
     def open(self) -> PathSpace:
-        """What is left of the supernet, as paths; the same at every call."""
+        """What is left of the supernet, as paths; the same at every call until close()."""
         self.space = self.space or PathSpace(self.supernet, self.config.max_edges_per_node)
         return self.space
+
+    def close(self) -> None:
+        """Forget the space: something has left the supernet."""
+        self.space = None
 
     def noise(self, generator: torch.Generator) -> dict[str, Tensor]:
         """The path of the next step, drawn uniformly."""
@@ -51,21 +58,32 @@ class HardPaths:
             return space.mixtures(tuple(None if k < 0 else k for k in noise["path"].tolist()))
         return space.mixtures(self._forced or space.strongest())
 
+    def worth(self, candidates: Sequence[tuple[str, str]]) -> list[float]:
+        """How much each candidate (edge, operation) lowers the held-out loss of the ``scored_paths`` that are drawn.
+
+        Least of all one that none of them has, as `none`.
+        """
+        config, edges = self.config, list(self.supernet.edges())
+        effects = path_effects(self.open(), self.losses_of, count=config.scored_paths, seed=config.seed)
+        operations = self.supernet.space.operations
+        return [effects.get((edges.index(edge), operations.index(name)), -math.inf) for edge, name in candidates]
+
     def compare(self, score: Callable[..., Score], budget: Budget | None) -> dict[str, Any]:
         """Score paths, under a budget those that fit, and choose one; entries for the epoch's row of metrics."""
         space, config = self.open(), self.config
         if budget is not None:
             space = AffordablePaths(self.supernet, config.max_edges_per_node, budget)
-        scores = score(space, self.losses_of, limit=config.scored_paths, seed=config.seed)
+        losses = partial(self.losses_of, comparing=True)
+        scores = score(space, losses, limit=config.scored_paths, seed=config.seed)
         sign = {"parsimony": -1, "loss": 0, "capacity": 1}[config.tie_break]
         self.chosen = select(scores, lambda path: sign * space.parameters(path))
         return {"scored_paths": len(scores), "path_loss": float(scores[self.chosen].mean())}
 
-    def losses_of(self, path: Path) -> Tensor:
-        """The held-out losses of one path."""
+    def losses_of(self, path: Path, *, comparing: bool = False) -> Tensor:
+        """The losses of one path on the images on which removals are measured or, if asked, on those for comparing."""
         self._forced = path
         try:
-            return self.losses(comparing=True)
+            return self.losses(comparing=comparing)
         finally:
             self._forced = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from dssp.candidate_pruning import CandidatePruner, CandidateSchedule
 from dssp.config import SearchConfig
 from dssp.genotype import AnyGenotype
 from dssp.hard_paths import HardPaths
-from dssp.held_out import Losses
+from dssp.held_out import Losses, candidate_effects
 from dssp.methods.base import Noise, Phase
 from dssp.methods.dssp_paper import DsspPaper
 from dssp.optimization import cosine
-from dssp.paths import score
+from dssp.path_effects import score_smoothly
 from dssp.relaxation import Mixture, normalised_gates, softmax_over
 from dssp.supernet import Supernet
 
@@ -25,19 +26,20 @@ class Dssp(DsspPaper):
 
     1. Gates are relative: g_e = sigmoid(m_e) / mean over the live edges into the same node (see dssp.pruning for why;
        where nodes have shortcuts, into the same cell: see CellSpace.gate_groups); with ``raw_gates`` the paper's.
-    2. Edges leave by ``prune_strategy``, candidates where masking them costs least (dssp.candidate_pruning), all in
-       the first ``epochs - path_epochs`` epochs.
+    2. Edges leave by ``prune_strategy`` in the first ``epochs - path_epochs`` epochs, and candidates where masking them
+       costs least (dssp.candidate_pruning).
     3. Then alpha and masks are frozen, the learning rate starts again, and every step trains one hard path drawn
        uniformly from what is left: as a derived cell runs, and as cheap.
-    4. At the end the paths are compared on held-out images, and one is derived (``tie_break``).
+    4. After half of these epochs candidates leave once more, by what they are worth on such paths (dssp.path_effects),
+       and the learning rate starts again for the few that are left.
+    5. At the end these are compared on held-out images, and one is derived (``tie_break``).
     """
 
     def __init__(self, config: SearchConfig, supernet: Supernet, losses: Losses) -> None:
         super().__init__(config, supernet, losses)
         self.search_epochs = config.epochs - config.path_epochs
-        self.candidates = CandidatePruner(
-            supernet, CandidateSchedule(self.search_epochs, config.candidates_kept), losses
-        )
+        schedule = CandidateSchedule(self.search_epochs, config.path_epochs, config.candidates_kept)
+        self.candidates = CandidatePruner(supernet, schedule, self._worth)
         self._groups = torch.tensor(supernet.space.gate_groups, device=supernet.classifier.weight.device)
         self.paths = HardPaths(config, supernet, losses)
 
@@ -77,10 +79,10 @@ class Dssp(DsspPaper):
 
     def learning_rate(self, epoch: int) -> float:
         config = self.config
-        first, epochs = (
-            (0, self.search_epochs) if epoch < self.search_epochs else (self.search_epochs, config.path_epochs)
-        )
-        return cosine(epoch - first, epochs, start=config.weight_lr, end=config.weight_lr_min)
+        starts = (0, self.search_epochs, self.candidates.schedule.last + 1, config.epochs)
+        first = max(start for start in starts if start <= epoch)
+        end = min(start for start in starts if start > epoch)
+        return cosine(epoch - first, end - first, start=config.weight_lr, end=config.weight_lr_min)
 
     def start_epoch(self, epoch: int) -> None:
         super().start_epoch(epoch)
@@ -90,9 +92,17 @@ class Dssp(DsspPaper):
     def end_epoch(self, epoch: int, step: int) -> dict[str, Any]:
         row = super().end_epoch(epoch, step)
         row["dropped"] = self.candidates.end_epoch(epoch, step)
+        if row["dropped"]:
+            self.paths.close()
         if epoch + 1 == self.config.epochs and self.paths.are_open:
-            row |= self.paths.compare(score, self.budget)
+            row |= self.paths.compare(score_smoothly, self.budget)
         return row
+
+    def _worth(self, candidates: Sequence[tuple[str, str]]) -> list[float]:
+        """What masking each costs, the softmax renormalised over the others; on hard paths, what each does for them."""
+        if self.paths.are_open:
+            return self.paths.worth(candidates)
+        return [float(effect.mean()) for effect in candidate_effects(self.supernet, candidates, self.losses)]
 
     def derived(self) -> AnyGenotype:
         return self.paths.genotype() or super().derived()

@@ -1,41 +1,38 @@
-"""Candidates leave twice, those whose masking costs least, and never the last ones."""
+"""Candidates leave twice, those that are worth least, and never the last ones."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dssp.candidate_pruning import CandidatePruner, CandidateSchedule
-from dssp.held_out import Measure
+from dssp.candidate_pruning import CandidatePruner, CandidateSchedule, Worth
 from dssp.supernet import Supernet
 from tests.search.small import small_supernet
 
 
-def losses_by_value(supernet: Supernet) -> Measure:
-    """Held-out losses that fall with every candidate offered: later ones are worth more, and more on later edges."""
-
-    def losses() -> torch.Tensor:
-        total = 0.0
-        for i, type in enumerate(supernet.cell_types):
-            offered = supernet.offered(type).double()
-            value = torch.arange(1.0, offered.shape[1] + 1).double() + 0.01 * torch.arange(offered.shape[0])[:, None]
-            total -= float((offered * value).sum()) * (i + 1)
-        return torch.tensor([total])
-
-    return losses
+def worth_of(supernet: Supernet) -> Worth:
+    """Later candidates are worth more, and more on later edges."""
+    edges, operations = list(supernet.edges()), supernet.space.operations
+    return lambda candidates: [operations.index(name) + 0.01 * edges.index(edge) for edge, name in candidates]
 
 
-def test_schedule_passes_the_geometric_mean_at_two_thirds() -> None:
-    schedule = CandidateSchedule(epochs=6, kept=2)
-    assert [schedule.survivors(epoch, 8) for epoch in range(7)] == [None, None, None, 4, None, 2, None]
-    assert schedule.survivors(3, 2) is None and schedule.survivors(5, 2) == 2
-    assert [CandidateSchedule(epochs=1, kept=2).survivors(epoch, 8) for epoch in range(2)] == [2, None]
+def test_schedule_passes_the_geometric_mean_at_two_thirds_and_ends_in_the_middle_of_the_paths() -> None:
+    def survivors(schedule: CandidateSchedule, candidates: int) -> list[int | None]:
+        return [schedule.survivors(epoch, candidates) for epoch in range(9)]
+
+    schedule = CandidateSchedule(epochs=6, path_epochs=5, kept=2)
+    assert survivors(schedule, 8) == [None, None, None, 4, None, None, None, 2, None] and schedule.last == 7
+    assert survivors(schedule, 2) == [None] * 7 + [2, None]
+    for path_epochs in (0, 1):
+        schedule = CandidateSchedule(epochs=6, path_epochs=path_epochs, kept=2)
+        assert survivors(schedule, 8) == [None, None, None, 4, None, 2, None, None, None]
+        assert CandidateSchedule(epochs=1, path_epochs=path_epochs, kept=2).survivors(0, 8) == 2
 
 
-def test_what_costs_least_leaves_on_every_live_edge() -> None:
+def test_what_is_worth_least_leaves_on_every_live_edge() -> None:
     supernet = small_supernet(nodes=2, light=False)
     supernet.remove_edge("normal:0->2")
-    pruner = CandidatePruner(supernet, CandidateSchedule(epochs=2, kept=2), losses_by_value(supernet))
+    pruner = CandidatePruner(supernet, CandidateSchedule(epochs=2, path_epochs=0, kept=2), worth_of(supernet))
     assert pruner.end_epoch(0, step=5) and not pruner.end_epoch(3, step=9)
     pruner.end_epoch(1, step=7)
     kept = list(supernet.space.operations[-2:])
@@ -51,9 +48,9 @@ def test_what_costs_least_leaves_on_every_live_edge() -> None:
 
 def test_history_rebuilds_the_supernet() -> None:
     supernet, fresh = (small_supernet(nodes=2, light=False) for _ in range(2))
-    pruner = CandidatePruner(supernet, CandidateSchedule(epochs=1, kept=2), losses_by_value(supernet))
+    pruner = CandidatePruner(supernet, CandidateSchedule(epochs=1, path_epochs=0, kept=2), worth_of(supernet))
     pruner.end_epoch(0, step=1)
-    other = CandidatePruner(fresh, CandidateSchedule(epochs=1, kept=2), losses_by_value(fresh))
+    other = CandidatePruner(fresh, CandidateSchedule(epochs=1, path_epochs=0, kept=2), worth_of(fresh))
     other.load_state_dict(pruner.state_dict())
     assert fresh.state_dict().keys() == supernet.state_dict().keys()
     for type in supernet.cell_types:
