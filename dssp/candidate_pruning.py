@@ -16,22 +16,17 @@ Worth = Callable[[Sequence[tuple[str, str]]], Sequence[float]]
 class CandidateSchedule:
     """The candidates of every edge go down to `kept` at two points, passing the geometric mean at the first.
 
-    The first comes after two thirds of the `epochs` that mix candidates; the second after half of the `path_epochs`
-    behind them, that run one candidate per edge, and where these are fewer than two, at the end of the mixing.
+    The first comes after two thirds of the `epochs` that mix candidates; the second at the very end, after the
+    `path_epochs` that run one candidate per edge.
     """
 
     epochs: int
     path_epochs: int
     kept: int
 
-    @property
-    def last(self) -> int:
-        """The epoch after which no candidate leaves any more."""
-        return self.epochs + self.path_epochs // 2 - 1
-
     def survivors(self, epoch: int, candidates: int) -> int | None:
         """How many of `candidates` an edge keeps after the end of `epoch`; None: this is no pruning point."""
-        if epoch == self.last:
+        if epoch == self.epochs + self.path_epochs - 1:
             return min(self.kept, candidates)
         first = round(2 * self.epochs / 3) - 1
         return round((candidates * self.kept) ** 0.5) if epoch == first and candidates > self.kept else None

@@ -16,17 +16,15 @@ def worth_of(supernet: Supernet) -> Worth:
     return lambda candidates: [operations.index(name) + 0.01 * edges.index(edge) for edge, name in candidates]
 
 
-def test_schedule_passes_the_geometric_mean_at_two_thirds_and_ends_in_the_middle_of_the_paths() -> None:
+def test_schedule_passes_the_geometric_mean_while_candidates_mix_and_ends_with_the_search() -> None:
     def survivors(schedule: CandidateSchedule, candidates: int) -> list[int | None]:
         return [schedule.survivors(epoch, candidates) for epoch in range(9)]
 
-    schedule = CandidateSchedule(epochs=6, path_epochs=5, kept=2)
-    assert survivors(schedule, 8) == [None, None, None, 4, None, None, None, 2, None] and schedule.last == 7
+    schedule = CandidateSchedule(epochs=6, path_epochs=2, kept=2)
+    assert survivors(schedule, 8) == [None, None, None, 4, None, None, None, 2, None]
     assert survivors(schedule, 2) == [None] * 7 + [2, None]
-    for path_epochs in (0, 1):
-        schedule = CandidateSchedule(epochs=6, path_epochs=path_epochs, kept=2)
-        assert survivors(schedule, 8) == [None, None, None, 4, None, 2, None, None, None]
-        assert CandidateSchedule(epochs=1, path_epochs=path_epochs, kept=2).survivors(0, 8) == 2
+    assert survivors(CandidateSchedule(epochs=6, path_epochs=0, kept=2), 8) == [None] * 3 + [4, None, 2] + [None] * 3
+    assert CandidateSchedule(epochs=1, path_epochs=0, kept=2).survivors(0, 8) == 2
 
 
 def test_what_is_worth_least_leaves_on_every_live_edge() -> None:
