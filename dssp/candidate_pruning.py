@@ -36,11 +36,14 @@ class CandidatePruner:
     """Removes candidates from the live edges of a supernet and remembers what left when.
 
     On every edge those leave that `worth` says are worth least: what alpha believes does not count (it favours skip
-    connections, and more so the longer it learns).
+    connections, and more so the longer it learns). One stays if without it nothing could be derived any more, which
+    `can_derive` tells of the candidates that the supernet offers.
     """
 
-    def __init__(self, supernet: Supernet, schedule: CandidateSchedule, worth: Worth) -> None:
-        self.supernet, self.schedule, self.worth = supernet, schedule, worth
+    def __init__(
+        self, supernet: Supernet, schedule: CandidateSchedule, worth: Worth, can_derive: Callable[[], bool]
+    ) -> None:
+        self.supernet, self.schedule, self.worth, self.can_derive = supernet, schedule, worth, can_derive
         self.history: list[dict[str, Any]] = []
 
     def end_epoch(self, epoch: int, step: int) -> list[str]:
@@ -54,7 +57,7 @@ class CandidatePruner:
         ranked = sorted(zip(candidates, self.worth(candidates), strict=True), key=lambda candidate: candidate[1])
         leaving = []
         for (edge, operation), _ in ranked:
-            if len(left[edge]) > survivors:
+            if len(left[edge]) > survivors and self._is_dispensable(edge, operation):
                 left[edge].remove(operation)
                 leaving.append(f"{edge}/{operation}")
         for candidate in leaving:
@@ -66,6 +69,15 @@ class CandidatePruner:
         cell_type, position = self.supernet.locate(edge)
         flags = self.supernet.offered(cell_type)[position].tolist()
         return [name for name, offered in zip(self.supernet.space.operations, flags, strict=True) if offered]
+
+    def _is_dispensable(self, edge: str, operation: str) -> bool:
+        """Then it is offered no more."""
+        cell_type, position = self.supernet.locate(edge)
+        offered = self.supernet.offered(cell_type)[position]
+        k = self.supernet.space.operations.index(operation)
+        offered[k] = False
+        offered[k] = not (dispensable := self.can_derive())
+        return dispensable
 
     def _remove(self, candidate: str) -> None:
         edge, operation = candidate.split("/")

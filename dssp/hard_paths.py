@@ -15,6 +15,7 @@ from dssp.budget import Budget
 from dssp.config import SearchConfig
 from dssp.genotype import AnyGenotype
 from dssp.held_out import Losses
+from dssp.options import ConfigError
 from dssp.path_effects import path_effects
 from dssp.paths import Path, PathSpace, Score, select
 from dssp.relaxation import Mixture
@@ -70,14 +71,25 @@ class HardPaths:
 
     def compare(self, score: Callable[..., Score], budget: Budget | None) -> dict[str, Any]:
         """Score paths, under a budget those that fit, and choose one; entries for the epoch's row of metrics."""
-        space, config = self.open(), self.config
-        if budget is not None:
-            space = AffordablePaths(self.supernet, config.max_edges_per_node, budget)
+        space, config = self._within(budget), self.config
         losses = partial(self.losses_of, comparing=True)
         scores = score(space, losses, limit=config.scored_paths, seed=config.seed)
         sign = {"parsimony": -1, "loss": 0, "capacity": 1}[config.tie_break]
         self.chosen = select(scores, lambda path: sign * space.parameters(path))
         return {"scored_paths": len(scores), "path_loss": float(scores[self.chosen].mean())}
+
+    def any_fits(self, budget: Budget) -> bool:
+        """Whether a path of what the supernet offers now is within the budget."""
+        try:
+            self._within(budget)
+        except ConfigError:
+            return False
+        return True
+
+    def _within(self, budget: Budget | None) -> PathSpace:
+        if budget is None:
+            return self.open()
+        return AffordablePaths(self.supernet, self.config.max_edges_per_node, budget)
 
     def losses_of(self, path: Path, *, comparing: bool = False) -> Tensor:
         """The losses of one path on the images on which removals are measured or, if asked, on those for comparing."""

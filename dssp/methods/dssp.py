@@ -39,7 +39,7 @@ class Dssp(DsspPaper):
         super().__init__(config, supernet, losses)
         self.search_epochs = config.epochs - config.path_epochs
         schedule = CandidateSchedule(self.search_epochs, config.path_epochs, config.candidates_kept)
-        self.candidates = CandidatePruner(supernet, schedule, self._worth)
+        self.candidates = CandidatePruner(supernet, schedule, self._worth, self._can_derive)
         self._groups = torch.tensor(supernet.space.gate_groups, device=supernet.classifier.weight.device)
         self.paths = HardPaths(config, supernet, losses)
 
@@ -103,6 +103,9 @@ class Dssp(DsspPaper):
         if self.paths.are_open:
             return self.paths.worth(candidates)
         return [float(effect.mean()) for effect in candidate_effects(self.supernet, candidates, self.losses)]
+
+    def _can_derive(self) -> bool:
+        return self.budget is None or self.paths.any_fits(self.budget)
 
     def derived(self) -> AnyGenotype:
         return self.paths.genotype() or super().derived()

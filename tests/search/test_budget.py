@@ -21,6 +21,7 @@ from dssp.cost import count_flops, count_parameters
 from dssp.derivation import derive
 from dssp.genotype import AnyGenotype
 from dssp.methods import METHODS
+from dssp.methods.dssp import Dssp
 from dssp.network import DerivedNetwork
 from dssp.paths import PathSpace, score, score_random
 from dssp.spaces import CHAIN, DARTS, NASBENCH201, CellSpace
@@ -235,6 +236,19 @@ def test_budget_binds_whatever_the_method(method: str) -> None:
     run(bound, 0, 3)
     assert retrained_parameters(bound) <= limit
     torch.testing.assert_close(bound.supernet.state_dict(), free.supernet.state_dict(), rtol=0, atol=0)
+
+
+def test_candidates_that_a_budget_cannot_do_without_stay() -> None:
+    settings = {**SETTINGS, "method": "dssp", "candidates_kept": 1, "prune_strategy": "none"}
+    free, bound = small_search(**settings), small_search(**settings, max_params=10**9)
+    wide = bound.method.budget
+    assert wide is not None
+    least = sum(min(costs.values())[0] for edges in wide.costs.values() for costs in edges)
+    tight = bound.method.budget = replace(wide, limits={"max_params": wide.fixed[0] + least})
+    for search in (free, bound):
+        run(search, 0, 3)
+    assert isinstance(free.method, Dssp) and not free.method.paths.any_fits(tight)
+    assert tight.admits(bound.supernet.space, bound.derived())
 
 
 def test_random_genotypes_of_darts_fit_what_they_are_given() -> None:

@@ -30,7 +30,9 @@ def test_schedule_passes_the_geometric_mean_while_candidates_mix_and_ends_with_t
 def test_what_is_worth_least_leaves_on_every_live_edge() -> None:
     supernet = small_supernet(nodes=2, light=False)
     supernet.remove_edge("normal:0->2")
-    pruner = CandidatePruner(supernet, CandidateSchedule(epochs=2, path_epochs=0, kept=2), worth_of(supernet))
+    pruner = CandidatePruner(
+        supernet, CandidateSchedule(epochs=2, path_epochs=0, kept=2), worth_of(supernet), lambda: True
+    )
     assert pruner.end_epoch(0, step=5) and not pruner.end_epoch(3, step=9)
     pruner.end_epoch(1, step=7)
     kept = list(supernet.space.operations[-2:])
@@ -46,9 +48,11 @@ def test_what_is_worth_least_leaves_on_every_live_edge() -> None:
 
 def test_history_rebuilds_the_supernet() -> None:
     supernet, fresh = (small_supernet(nodes=2, light=False) for _ in range(2))
-    pruner = CandidatePruner(supernet, CandidateSchedule(epochs=1, path_epochs=0, kept=2), worth_of(supernet))
+    pruner = CandidatePruner(
+        supernet, CandidateSchedule(epochs=1, path_epochs=0, kept=2), worth_of(supernet), lambda: True
+    )
     pruner.end_epoch(0, step=1)
-    other = CandidatePruner(fresh, CandidateSchedule(epochs=1, path_epochs=0, kept=2), worth_of(fresh))
+    other = CandidatePruner(fresh, CandidateSchedule(epochs=1, path_epochs=0, kept=2), worth_of(fresh), lambda: True)
     other.load_state_dict(pruner.state_dict())
     assert fresh.state_dict().keys() == supernet.state_dict().keys()
     for type in supernet.cell_types:
