@@ -34,16 +34,27 @@ def path_effects(space: PathSpace, losses: Callable[[Path], Tensor], *, count: i
 
 
 def score_smoothly(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, seed: int) -> Score:
-    """paths.score(), and every loss halfway between what was measured and what the additive model of all paths says.
+    """The result of paths.score(), halfway() to the additive model."""
+    return halfway(score(space, losses, limit=limit, seed=seed))
+
+
+def halfway(scores: Score) -> Score:
+    """Every loss halfway between what was measured and what additive_model() says.
 
     The loss of a path in shared weights also tells which paths happened to train them last. The model averages over
-    that, and knows nothing of how candidates work together; neither half ranks paths as well as their mean.
+    that, and knows nothing of how candidates work together; mostly their mean ranks paths better than either
+    (bench/path_ranks.py).
     """
-    scores = score(space, losses, limit=limit, seed=seed)
-    measured = torch.stack(list(scores.values())).double().numpy()  # [paths, images]: as it is linear, image by image
+    model = additive_model(scores)
+    return {path: (losses + model[path]) / 2 for path, losses in scores.items()}
+
+
+def additive_model(scores: Score) -> Score:
+    """The losses as sums of what the candidates of a path add, least squares over all paths, image by image."""
+    measured = torch.stack(list(scores.values())).double().numpy()  # [paths, images]
     _, design = _design(list(scores))
-    halfway = (measured + design @ _least_squares(design, measured)) / 2
-    return {path: torch.from_numpy(losses).float() for path, losses in zip(scores, halfway, strict=True)}
+    fitted = torch.from_numpy(design @ _least_squares(design, measured)).float()
+    return dict(zip(scores, fitted, strict=True))
 
 
 def _design(paths: Sequence[Path]) -> tuple[list[tuple[int, int]], Floats]:
