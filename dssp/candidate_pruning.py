@@ -14,22 +14,17 @@ Worth = Callable[[Sequence[tuple[str, str]]], Sequence[float]]
 
 @dataclass(frozen=True)
 class CandidateSchedule:
-    """The candidates of every edge go down to `kept` at two points, passing the geometric mean at the first.
+    """The candidates of every edge go down to `kept` at the end of epoch `last`, and half way, in ratio, at `first`."""
 
-    The first comes after two thirds of the `epochs` that mix candidates; the second at the very end, after the
-    `path_epochs` that run one candidate per edge.
-    """
-
-    epochs: int
-    path_epochs: int
+    first: int
+    last: int
     kept: int
 
     def survivors(self, epoch: int, candidates: int) -> int | None:
         """How many of `candidates` an edge keeps after the end of `epoch`; None: this is no pruning point."""
-        if epoch == self.epochs + self.path_epochs - 1:
+        if epoch == self.last:
             return min(self.kept, candidates)
-        first = round(2 * self.epochs / 3) - 1
-        return round((candidates * self.kept) ** 0.5) if epoch == first and candidates > self.kept else None
+        return round((candidates * self.kept) ** 0.5) if epoch == self.first and candidates > self.kept else None
 
 
 class CandidatePruner:

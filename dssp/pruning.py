@@ -54,6 +54,11 @@ class PruningRules:
             return []
         return list(range(self.warmup_epochs + self.every - 1, self.last_epoch + 1, self.every))
 
+    def last_scheduled(self) -> int | None:
+        """The epoch with which the schedule of the edges is fulfilled; None if no edge leaves by schedule."""
+        is_scheduled = self.strategy in ("measured", "budget") and self.edge_budget < 1
+        return self.points()[-1] if is_scheduled and self.points() else None
+
     def target(self, epoch: int, edges: int) -> int:
         """How many of ``edges`` the schedule leaves after the pruning point at the end of ``epoch``."""
         points = self.points()

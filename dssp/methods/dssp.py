@@ -26,7 +26,7 @@ class Dssp(DsspPaper):
 
     1. Gates are relative: g_e = sigmoid(m_e) / mean over the live edges into the same node (see dssp.pruning for why;
        where nodes have shortcuts, into the same cell: see CellSpace.gate_groups); with ``raw_gates`` the paper's.
-    2. Edges leave by ``prune_strategy`` in the first ``epochs - path_epochs`` epochs, and candidates where masking them
+    2. Edges leave by ``prune_strategy`` in the first ``epochs - path_epochs`` epochs, then the candidates whose masking
        costs least (dssp.candidate_pruning).
     3. Then alpha and masks are frozen, the learning rate starts again, and every step trains one hard path drawn
        uniformly from what is left: as a derived cell runs, and as cheap.
@@ -38,7 +38,7 @@ class Dssp(DsspPaper):
     def __init__(self, config: SearchConfig, supernet: Supernet, losses: Losses) -> None:
         super().__init__(config, supernet, losses)
         self.search_epochs = config.epochs - config.path_epochs
-        schedule = CandidateSchedule(self.search_epochs, config.path_epochs, config.candidates_kept)
+        schedule = CandidateSchedule(self.first_candidate_epoch(), config.epochs - 1, config.candidates_kept)
         self.candidates = CandidatePruner(supernet, schedule, self._worth, self._can_derive)
         self._groups = torch.tensor(supernet.space.gate_groups, device=supernet.classifier.weight.device)
         self.paths = HardPaths(config, supernet, losses)
@@ -76,6 +76,11 @@ class Dssp(DsspPaper):
         if self.config.path_epochs == 0:
             return super().last_pruning_epoch()
         return self.config.epochs - self.config.path_epochs - 1
+
+    def first_candidate_epoch(self) -> int:
+        """With the last edges that leave by schedule, as fewer are left to be measured; else at 2/3 of the mixing."""
+        last_edges = self.pruner.rules.last_scheduled()
+        return round(2 * self.search_epochs / 3) - 1 if last_edges is None else last_edges
 
     def learning_rate(self, epoch: int) -> float:
         config = self.config

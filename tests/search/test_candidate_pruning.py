@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dssp.candidate_pruning import CandidatePruner, CandidateSchedule, Worth
+from dssp.config import parse_search
+from dssp.methods.dssp import Dssp
 from dssp.supernet import Supernet
 from tests.search.small import small_supernet
 
@@ -20,19 +22,36 @@ def test_schedule_passes_the_geometric_mean_while_candidates_mix_and_ends_with_t
     def survivors(schedule: CandidateSchedule, candidates: int) -> list[int | None]:
         return [schedule.survivors(epoch, candidates) for epoch in range(9)]
 
-    schedule = CandidateSchedule(epochs=6, path_epochs=2, kept=2)
+    schedule = CandidateSchedule(first=3, last=7, kept=2)
     assert survivors(schedule, 8) == [None, None, None, 4, None, None, None, 2, None]
     assert survivors(schedule, 2) == [None] * 7 + [2, None]
-    assert survivors(CandidateSchedule(epochs=6, path_epochs=0, kept=2), 8) == [None] * 3 + [4, None, 2] + [None] * 3
-    assert CandidateSchedule(epochs=1, path_epochs=0, kept=2).survivors(0, 8) == 2
+    assert survivors(CandidateSchedule(first=3, last=5, kept=2), 8) == [None] * 3 + [4, None, 2] + [None] * 3
+    assert CandidateSchedule(first=0, last=0, kept=2).survivors(0, 8) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "first"),
+    [
+        ("", 5),  # edges leave after epochs 2 to 5
+        ("--prune-every 3", 4),
+        ("--edge-budget 1", 3),
+        ("--prune-strategy budget", 5),
+        ("--prune-strategy relative", 3),
+        ("--prune-strategy none", 3),
+        ("--path-epochs 0", 9),
+    ],
+)
+def test_first_candidates_leave_with_the_last_scheduled_edges_or_at_two_thirds(flags: str, first: int) -> None:
+    config = parse_search(f"--epochs 12 --warmup-epochs 2 --path-epochs 6 {flags}".split()).resolve()
+    supernet = small_supernet()
+    method = Dssp(config, supernet, lambda *, comparing=False: torch.zeros(1))
+    assert (method.first_candidate_epoch(), method.candidates.schedule.last) == (first, 11)
 
 
 def test_what_is_worth_least_leaves_on_every_live_edge() -> None:
     supernet = small_supernet(nodes=2, light=False)
     supernet.remove_edge("normal:0->2")
-    pruner = CandidatePruner(
-        supernet, CandidateSchedule(epochs=2, path_epochs=0, kept=2), worth_of(supernet), lambda: True
-    )
+    pruner = CandidatePruner(supernet, CandidateSchedule(first=0, last=1, kept=2), worth_of(supernet), lambda: True)
     assert pruner.end_epoch(0, step=5) and not pruner.end_epoch(3, step=9)
     pruner.end_epoch(1, step=7)
     kept = list(supernet.space.operations[-2:])
@@ -48,11 +67,9 @@ def test_what_is_worth_least_leaves_on_every_live_edge() -> None:
 
 def test_history_rebuilds_the_supernet() -> None:
     supernet, fresh = (small_supernet(nodes=2, light=False) for _ in range(2))
-    pruner = CandidatePruner(
-        supernet, CandidateSchedule(epochs=1, path_epochs=0, kept=2), worth_of(supernet), lambda: True
-    )
+    pruner = CandidatePruner(supernet, CandidateSchedule(first=0, last=0, kept=2), worth_of(supernet), lambda: True)
     pruner.end_epoch(0, step=1)
-    other = CandidatePruner(fresh, CandidateSchedule(epochs=1, path_epochs=0, kept=2), worth_of(fresh), lambda: True)
+    other = CandidatePruner(fresh, CandidateSchedule(first=0, last=0, kept=2), worth_of(fresh), lambda: True)
     other.load_state_dict(pruner.state_dict())
     assert fresh.state_dict().keys() == supernet.state_dict().keys()
     for type in supernet.cell_types:

@@ -31,7 +31,7 @@ def test_phases_follow_each_other_and_the_learning_rate_starts_again() -> None:
     rows = run(search, range(6))
     assert [row["phase"] for row in rows] == ["warm-up", "search", "search", "paths", "paths", "paths"]
     assert rows[3]["learning_rate"] == rows[0]["learning_rate"] == 0.1 > rows[2]["learning_rate"]
-    assert [bool(row["dropped"]) for row in rows] == [False, True, False, False, False, True]
+    assert [bool(row["dropped"]) for row in rows] == [False, False, True, False, False, True]
     assert rows[5]["active_edges"] <= 6 and not any(row["pruned"] for row in rows[3:])
     assert 1 < rows[5]["scored_paths"] <= 12
 
