@@ -24,12 +24,12 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "stem": (None, None),  # by image size, see _Config
         "alpha_lr": (3e-3, 3e-4),
         "mask_lr": (0.1, 3e-3),
-        "warmup_epochs": (2, 15),
+        "warmup_epochs": (1, 15),
         "prune_strategy": ("measured", "measured"),
         "edge_budget": (0.4, 0.5),
-        "path_epochs": (7, 25),
-        "scored_paths": (96, 256),
-        "held_out": (256, 1024),
+        "path_epochs": (8, 25),
+        "scored_paths": (64, 256),
+        "held_out": (128, 1024),
         "compared_images": (360, 2048),
         "tie_break": ("parsimony", "parsimony"),
         "temperature": (10.0, 10.0),
@@ -385,7 +385,7 @@ class SearchConfig(_Config):
             presets["path_epochs"] = 0
         epochs = presets["epochs"] if self.epochs is None else self.epochs
         phases = ("warmup_epochs", "path_epochs")
-        scaled = {field: round(presets[field] * epochs / presets["epochs"]) for field in phases}
+        scaled = {field: -(-presets[field] * epochs // presets["epochs"]) for field in phases}  # a started one counts
         for field, other in (phases, reversed(phases)):
             taken = scaled[other] if getattr(self, other) is None else getattr(self, other)
             presets[field] = max(min(scaled[field], epochs - taken - 1), 0)  # one epoch at least to search in

@@ -35,15 +35,15 @@ def run_candidates(
     for k, (op, is_shared) in enumerate(zip(ops, norm_is_shared, strict=True)):
         if runs is not None and not runs[k]:
             op = None
-        found = None if shared is None or is_shared else shared.of(op, x)
-        parts = parts_of(op) if folds and not is_shared and found is None else ""
+        parts = "" if is_shared else parts_of(op)
+        found = None if shared is None or is_shared else shared.of(op, x, parts)
         if found is not None:
             output, norm = found
             if norm is not None and not (folds and norm.training == training):
                 output, norm = norm(output), None
             outputs.append(output)
             norms.append(norm)
-        elif isinstance(parts, Parts) and parts.norm.training == training:
+        elif folds and isinstance(parts, Parts) and parts.norm.training == training:
             outputs.append(parts.before_norm(x))
             norms.append(parts.norm)
         else:

@@ -30,12 +30,15 @@ class SharedOutputs:
         self._batch_norms: dict[Hashable, tuple[Tensor, Tensor, Tensor]] = {}
         self._inputs: list[Tensor] = []  # kept alive, so that no other tensor can take the id() of one of them
 
-    def of(self, candidate: nn.Module | None, x: Tensor) -> tuple[Tensor, nn.BatchNorm2d | None] | None:
+    def of(
+        self, candidate: nn.Module | None, x: Tensor, parts: Parts | str | None = None
+    ) -> tuple[Tensor, nn.BatchNorm2d | None] | None:
         """What a candidate that is a pool makes of x, and its norm if that is still to be applied; None for any other.
 
         A pool with hooks, or whose norm does not fold (see dssp_kernels.folding), counts as any other candidate.
+        ``parts`` is parts_of(candidate), where the caller has asked already.
         """
-        parts = parts_of(candidate)
+        parts = parts_of(candidate) if parts is None else parts
         if isinstance(parts, Parts):
             pool, norm = (parts.body[0] if len(parts.body) == 1 else None), parts.norm
         else:

@@ -112,7 +112,10 @@ def test_warm_up_keeps_its_share_of_the_epochs() -> None:
     assert resolved.warmup_epochs == 2 * preset["warmup_epochs"]
     assert SearchConfig(epochs=1).resolve().warmup_epochs == 0
     half = SearchConfig(epochs=6).resolve()
-    assert (half.warmup_epochs, half.path_epochs) == (1, 3)  # each its share, also where both shrink
+    assert (half.warmup_epochs, half.path_epochs) == (
+        1,
+        4,
+    )  # of 1 and 8 in 12: a started one counts
     assert SearchConfig(epochs=10, warmup_epochs=10).resolve().warmup_epochs == 10
 
 
