@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
         "prune_strategy": ("measured", "measured"),
         "edge_budget": (0.4, 0.5),
         "path_epochs": (8, 25),
-        "scored_paths": (64, 256),
+        "scored_paths": (96, 256),
         "held_out": (128, 1024),
         "compared_images": (360, 2048),
         "tie_break": ("parsimony", "parsimony"),
