@@ -178,6 +178,17 @@ MUTATIONS = [
         ("pruning-threshold", "table.gates[i] < rules", "table.gates[i] > rules"),
     ),
     *of_formulas(
+        "dssp/candidate_pruning.py",
+        "search/test_candidate_pruning.py",
+        ("candidates-worst-first", "key=lambda candidate: candidate[1]", "key=lambda candidate: -candidate[1]"),
+    ),
+    *of_formulas(
+        "dssp/path_effects.py",
+        "search/test_path_effects.py",
+        ("paths-halfway", "(losses + model[path]) / 2", "losses"),
+        ("paths-model", "design @ _least_squares(design, measured)", "design @ _least_squares(design, 0 * measured)"),
+    ),
+    *of_formulas(
         "dssp/methods/dssp_paper.py",
         "search/test_architect.py",
         ("penalty-sign", "super().penalty() + self", "super().penalty() - self"),
