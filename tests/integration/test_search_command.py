@@ -144,7 +144,7 @@ def test_run_folder_has_everything_the_contract_names(finished: Path) -> None:
     epochs = rows(finished / "metrics.jsonl")
     keys = {"epoch", "train_loss", "valid_loss", "valid_accuracy", "active_edges", "step_seconds", "seconds"}
     assert [row["epoch"] for row in epochs] == list(range(5)) and all(keys <= row.keys() for row in epochs)
-    assert [row["phase"] for row in epochs] == ["warm-up", "search", "search", "paths", "paths"]
+    assert [row["phase"] for row in epochs] == ["warm-up", "search", "paths", "paths", "paths"]
     assert [row["epoch"] for row in rows(finished / "retrain.jsonl")] == list(range(5))
 
 

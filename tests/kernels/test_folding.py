@@ -310,6 +310,7 @@ NOT_POINTWISE = {
 
 @pytest.mark.parametrize("make", NOT_POINTWISE.values(), ids=NOT_POINTWISE)
 def test_other_convolutions_after_a_depthwise_one_run_as_they_are(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)  # the gradient of a bias before a BatchNorm is nothing but rounding, large for unlucky weights
     edge = FusedMixedEdge([make()])
     other = copy.deepcopy(edge)
     found = _operators_run(copy.deepcopy(edge)._ops[0], X)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def test_best_of_the_scored_paths_is_derived() -> None:
     method = search.method
     assert isinstance(method, RandomSearch) and method.paths.space is not None
     assert "scored_paths" not in rows[0] and rows[1]["scored_paths"] == 20
-    drawn = score_random(method.paths.space, method.paths.losses_of, limit=20, seed=0)
+    compared = partial(method.paths.losses_of, comparing=True)
+    drawn = score_random(method.paths.space, compared, limit=20, seed=0)
     best = min(drawn, key=lambda path: float(drawn[path].mean()))
     assert search.derived() == method.paths.space.genotype(best)
     assert rows[1]["path_loss"] == float(drawn[best].mean())
