@@ -144,7 +144,7 @@ constexpr int64_t kStreamedBytes = 4 << 20;
 template <bool kStreamed, typename Scalar>
 DSSP_INLINE void store(Scalar* to, typename Lanes<Scalar>::Vector value) {
 #ifdef __SSE2__
-  if (kStreamed && reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0) {
+  if (kStreamed && __builtin_expect(reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0, true)) {
     Scalar rounded[Lanes<Scalar>::width];
     Lanes<Scalar>::store(rounded, value);
     for (size_t byte = 0; byte < sizeof(rounded); byte += sizeof(__m128i)) {

@@ -81,6 +81,8 @@ MUTATIONS = [
         ("norm-cpu-bias", "of.weight[c] * product + of.bias[c] * sums.grad[c]", "of.weight[c] * product"),
         ("norm-cpu-large-mean", "sums.products[i][c] -= rounding_error", "sums.products[i][c] += rounding_error"),
         ("norm-cpu-rounds", "sums[u] += more[r][u];", "sums[u] += more[0][u];"),
+        ("norm-cpu-next-entries", "if (kAdd) sums[u] += L::load(y + four.offset(u));", ""),
+        ("norm-cpu-one-constant", "zeros = constant + walk.lanes;", "zeros = constant;"),
     ),
     *of_formulas(
         "dssp_kernels/depthwise_conv/cpu_rows.h",

@@ -1,7 +1,8 @@
 // batch_norm_mixed_sum on the CPU: y = sum_ek c[e,k] norm_ek(o[e,k]) and its gradients, vectorised and multi-threaded.
 //
 // Forward: one pass over the entries for their statistics, one that adds them up. Backward: one pass for every sum over
-// a channel, one that writes the gradients. Entries are read as deviations from their channel's mean, never as
+// a channel, one that writes the gradients. Both passes are made over as many entries as the cache holds, then over the
+// next ones: memory is read once. Entries are read as deviations from their channel's mean, never as
 // scale * o + shift: with means far larger than the deviations that would cancel.
 //
 // Registered for the CPU key through the LibTorch stable ABI (torch >= 2.10); op.py has checked the arguments: all
@@ -36,6 +37,7 @@ constexpr int64_t kChunk = 32 * 1024;  // elements
 constexpr int64_t kMaxChunks = 256;    // partial sums per entry are at most this many, however large the tensors
 constexpr int64_t kShortRow = 16;      // elements; rows shorter than this are not worth a loop of their own
 constexpr int64_t kGrain = 32 * 1024;  // element visits below which a second thread costs more than it brings
+constexpr int64_t kCachedBytes = 12 << 20;  // of tensors that a second pass finds in the cache; see cached_ranges()
 
 // ---- how channels lie in memory ------------------------------------------------------------------------------------
 
@@ -318,7 +320,7 @@ struct Term {
   const Sum<Scalar>*mean, *scale;  // tables
 };
 
-// y = constant + sum_k scale_k * (input_k - mean_k) on a piece; kAdd: the sum is added to y instead
+// y = constant + sum_k scale_k * (input_k - mean_k) on a piece; kAdd: this is added to y instead
 template <bool kAdd, bool kStreamed, typename Scalar>
 DSSP_INLINE void add_terms_to_piece(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant,
                                     const Piece& piece, int64_t period, Scalar* y) {
@@ -330,7 +332,8 @@ DSSP_INLINE void add_terms_to_piece(const Term<Scalar>* terms, int64_t count, co
       [&](auto four) DSSP_INLINE_LAMBDA {
         Vector sums[4];
         for (int64_t u = 0; u < 4; ++u) {
-          sums[u] = kAdd ? L::load(y + four.offset(u)) : T::load(constant + piece.table + four.lane(u));
+          sums[u] = T::load(constant + piece.table + four.lane(u));
+          if (kAdd) sums[u] += L::load(y + four.offset(u));
         }
         for (int64_t k = 0; k < count; ++k) {
           const Scalar* x = terms[k].input + piece.begin;
@@ -342,7 +345,8 @@ DSSP_INLINE void add_terms_to_piece(const Term<Scalar>* terms, int64_t count, co
         for (int64_t u = 0; u < 4; ++u) store<kStreamed>(y + four.offset(u), sums[u]);
       },
       [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
-        Vector a = kAdd ? load_some(y + i, rest) : T::load(constant + piece.table + j);
+        Vector a = T::load(constant + piece.table + j);
+        if (kAdd) a += load_some(y + i, rest);
         for (int64_t k = 0; k < count; ++k) {
           const Vector x = load_some(terms[k].input + piece.begin + i, rest);
           a += T::load(terms[k].scale + piece.table + j) * (x - T::load(terms[k].mean + piece.table + j));
@@ -351,9 +355,10 @@ DSSP_INLINE void add_terms_to_piece(const Term<Scalar>* terms, int64_t count, co
       });
 }
 
-// out = constant + sum_k scale_k * (input_k - mean_k), kStreams inputs at a time on a piece that stays in the cache.
-// Where sums are wider than what is stored, all inputs at once: a sum must not be rounded in between.
-template <bool kStreamed, typename Scalar>
+// out = constant + sum_k scale_k * (input_k - mean_k), kStreams inputs at a time on a piece that stays in the cache;
+// kAdd: this is added to out instead. `constant` is followed by a table of zeros. Where sums are wider than what is
+// stored, all inputs at once: a sum must not be rounded in between.
+template <bool kAdd, bool kStreamed, typename Scalar>
 DSSP_INLINE void add_terms(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant, const Walk& walk,
                            int64_t first, int64_t last, Scalar* out) {
   const int64_t groups = std::is_same_v<Scalar, Sum<Scalar>> ? (count + kStreams - 1) / kStreams : 1;
@@ -362,12 +367,13 @@ DSSP_INLINE void add_terms(const Term<Scalar>* terms, int64_t count, const Sum<S
     const Piece piece = walk.piece(p);
     Scalar* y = out + piece.begin;
     if (size == count) {
-      add_terms_to_piece<false, kStreamed>(terms, count, constant, piece, walk.period, y);
+      add_terms_to_piece<kAdd, kStreamed>(terms, count, constant, piece, walk.period, y);
       continue;
     }
-    add_terms_to_piece<false, false>(terms, size, constant, piece, walk.period, y);
+    add_terms_to_piece<kAdd, false>(terms, size, constant, piece, walk.period, y);
+    const Sum<Scalar>* zeros = constant + walk.lanes;
     for (int64_t k = size; k < count; k += size) {
-      add_terms_to_piece<true, false>(terms + k, std::min(size, count - k), constant, piece, walk.period, y);
+      add_terms_to_piece<true, false>(terms + k, std::min(size, count - k), zeros, piece, walk.period, y);
     }
   }
 }
@@ -452,21 +458,22 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
             });
       } else {
         const Scalar* x = entry.input + piece.begin;
+        const Sum<Scalar>*mean = entry.mean + piece.table, *scale = entry.scale + piece.table;
+        const Sum<Scalar>*constant = entry.constant + piece.table, *slope = entry.slope + piece.table;
         for_vectors<L::width>(
             piece.count, period,
             [&](auto four) DSSP_INLINE_LAMBDA {
               for (int64_t u = 0; u < 4; ++u) {
-                const int64_t i = four.offset(u), j = piece.table + four.lane(u);
-                const Vector deviation = L::load(x + i) - T::load(entry.mean + j);
-                const Vector shift = T::load(entry.constant + j) + T::load(entry.slope + j) * deviation;
-                store<kStreamed>(d + i, T::load(entry.scale + j) * L::load(g + i) + shift);
+                const int64_t i = four.offset(u), j = four.lane(u);
+                const Vector deviation = L::load(x + i) - T::load(mean + j);
+                const Vector shift = T::load(constant + j) + T::load(slope + j) * deviation;
+                store<kStreamed>(d + i, T::load(scale + j) * L::load(g + i) + shift);
               }
             },
             [&](int64_t i, int64_t j, int64_t rest) DSSP_INLINE_LAMBDA {
-              const Vector deviation = load_some(x + i, rest) - T::load(entry.mean + piece.table + j);
-              const Vector slope = T::load(entry.slope + piece.table + j);
-              const Vector shift = T::load(entry.constant + piece.table + j) + slope * deviation;
-              store_some(d + i, T::load(entry.scale + piece.table + j) * load_some(g + i, rest) + shift, rest);
+              const Vector deviation = load_some(x + i, rest) - T::load(mean + j);
+              const Vector shift = T::load(constant + j) + T::load(slope + j) * deviation;
+              store_some(d + i, T::load(scale + j) * load_some(g + i, rest) + shift, rest);
             });
       }
     }
@@ -480,9 +487,10 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
     sum_deviations<Scalar>(input, walk, first, last, sums);                                                           \
   }                                                                                                                   \
   DSSP_CLONES void terms_loop(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant,                  \
-                              const Walk& walk, int64_t first, int64_t last, Scalar* out, bool streamed) {            \
-    streamed ? add_terms<true, Scalar>(terms, count, constant, walk, first, last, out)                                \
-             : add_terms<false, Scalar>(terms, count, constant, walk, first, last, out);                              \
+                              const Walk& walk, int64_t first, int64_t last, Scalar* out, bool add, bool streamed) {  \
+    add        ? add_terms<true, false, Scalar>(terms, count, constant, walk, first, last, out)                       \
+    : streamed ? add_terms<false, true, Scalar>(terms, count, constant, walk, first, last, out)                       \
+               : add_terms<false, false, Scalar>(terms, count, constant, walk, first, last, out);                     \
     if (streamed) finish_streaming();                                                                                 \
   }                                                                                                                   \
   DSSP_CLONES void products_loop(const Scalar* grad, const Term<Scalar>* terms, int64_t count, const Walk& walk,      \
@@ -547,9 +555,35 @@ double rounding_error(double value) {  // of keeping the value in a table
   return value - static_cast<double>(static_cast<Sum<Scalar>>(value));
 }
 
-// Mean and variance [entries, channels] of the live entries that are normalised by their batch.
+// Entries begin .. end.
+struct Range {
+  int64_t begin, end;
+};
+
+// Splits the entries so that those of a range that are read fit into the cache beside one more tensor, the gradient or
+// the sum. Where fewer than `least` would fit they are left together.
+std::vector<Range> cached_ranges(const Flags& is_read, int64_t tensor_bytes, int64_t least) {
+  const int64_t entries = is_read.size(), fitting = kCachedBytes / std::max<int64_t>(tensor_bytes, 1) - 1;
+  std::vector<Range> ranges{{0, entries}};
+  if (fitting < least) return ranges;
+  for (int64_t i = 0, count = 0; i < entries; ++i) {
+    if (!is_read[i] || ++count <= fitting) continue;
+    ranges.back().end = i;
+    ranges.push_back({i, entries});
+    count = 1;
+  }
+  return ranges;
+}
+
+// Mean and variance [entries, channels] of the range's entries that are normalised by their batch.
 template <typename Scalar>
-void batch_statistics(const Walk& walk, const Entries& outputs, const Integers& batch, double* mean, double* variance) {
+void batch_statistics(const Walk& walk, const Entries& outputs, Range range, const Flags& from_batch, double* mean,
+                      double* variance) {
+  Integers batch;
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    if (from_batch[i]) batch.push_back(i);
+  }
+  if (batch.empty()) return;
   const int64_t count = batch.size(), per_chunk = walk.channels * count;
   std::vector<Deviations> partial(walk.chunks * per_chunk);
   walk.for_chunks(count, false, [&](int64_t chunk, int64_t first, int64_t last) {
@@ -594,13 +628,15 @@ struct Norms {
   }
 };
 
+// The mix of the range's live entries; that of a range after the first is added to the result.
 template <typename Scalar>
-void forward(const Walk& walk, const Entries& outputs, const Mixture& mixture, const Norms& norms, Tensor& result) {
+void forward(const Walk& walk, const Entries& outputs, Range range, const Mixture& mixture, const Norms& norms,
+             Tensor& result) {
   const int64_t entries = outputs.size();
   std::vector<Term<Scalar>> terms;
-  Tables<Scalar> means(walk, entries), scales(walk, entries), constants(walk, 1);
+  Tables<Scalar> means(walk, entries), scales(walk, entries), constants(walk, 2);
   Doubles constant(walk.channels, 0.0), scale(walk.channels);
-  for (int64_t i = 0; i < entries; ++i) {
+  for (int64_t i = range.begin; i < range.end; ++i) {
     if (!outputs[i] || !mixture.is_active(i)) continue;
     const Channels of = norms.channels(i, walk.channels);
     for (int64_t c = 0; c < walk.channels; ++c) {
@@ -609,11 +645,12 @@ void forward(const Walk& walk, const Entries& outputs, const Mixture& mixture, c
     }
     terms.push_back({data_of<Scalar>(*outputs[i]), means.fill(i, of.mean), scales.fill(i, scale)});
   }
-  const Sum<Scalar>* added = constants.fill(0, constant);
+  const Sum<Scalar>* constant_table = constants.fill(0, constant);  // and one of zeros after it
   auto* out = static_cast<Scalar*>(result.mutable_data_ptr());
-  const bool streamed = static_cast<int64_t>(sizeof(Scalar)) * walk.elements >= kStreamedBytes;
+  const bool add = range.begin > 0, is_whole = !add && range.end == entries;
+  const bool streamed = is_whole && static_cast<int64_t>(sizeof(Scalar)) * walk.elements >= kStreamedBytes;
   walk.for_chunks(terms.size() + 1, true, [&](int64_t, int64_t first, int64_t last) {
-    terms_loop(terms.data(), terms.size(), added, walk, first, last, out, streamed);
+    terms_loop(terms.data(), terms.size(), constant_table, walk, first, last, out, add, streamed);
   });
 }
 
@@ -623,14 +660,14 @@ struct ChannelSums {
   std::vector<Doubles> products;  // [entries][channels], zeros where an entry was not read
 };
 
+// Fills in the products of the range's entries, and the sums of the gradient.
 template <typename Scalar>
-ChannelSums channel_sums(const Walk& walk, const Tensor& grad, const Entries& outputs, const Flags& is_read,
-                         const Norms& norms) {
-  const int64_t entries = outputs.size();
+void channel_sums(const Walk& walk, const Tensor& grad, const Entries& outputs, Range range, const Flags& is_read,
+                  const Norms& norms, ChannelSums& sums) {
   std::vector<Term<Scalar>> terms;
   Integers term_entries;
-  Tables<Scalar> means(walk, entries);
-  for (int64_t i = 0; i < entries; ++i) {
+  Tables<Scalar> means(walk, outputs.size());
+  for (int64_t i = range.begin; i < range.end; ++i) {
     if (!is_read[i]) continue;
     const double* mean = norms.mean + i * walk.channels;
     terms.push_back({data_of<Scalar>(*outputs[i]), means.fill(i, Doubles(mean, mean + walk.channels)), nullptr});
@@ -653,7 +690,7 @@ ChannelSums channel_sums(const Walk& walk, const Tensor& grad, const Entries& ou
   const auto column = [&](int64_t k) {
     return Doubles(total.begin() + k * walk.channels, total.begin() + (k + 1) * walk.channels);
   };
-  ChannelSums sums{column(0), std::vector<Doubles>(entries, Doubles(walk.channels, 0.0))};
+  sums.grad = column(0);
   for (size_t k = 0; k < terms.size(); ++k) {
     const int64_t i = term_entries[k];
     sums.products[i] = column(k + 1);
@@ -661,18 +698,18 @@ ChannelSums channel_sums(const Walk& walk, const Tensor& grad, const Entries& ou
       sums.products[i][c] -= rounding_error<Scalar>(norms.mean[i * walk.channels + c]) * sums.grad[c];
     }
   }
-  return sums;
 }
 
 template <typename Scalar>
-void write_output_gradients(const Walk& walk, const Tensor& grad, const Entries& outputs, const Mixture& mixture,
-                            const Norms& norms, const ChannelSums& sums, const Entries& d_outputs) {
+void write_output_gradients(const Walk& walk, const Tensor& grad, const Entries& outputs, Range range,
+                            const Mixture& mixture, const Norms& norms, const ChannelSums& sums,
+                            const Entries& d_outputs) {
   const int64_t entries = outputs.size();
   const double count = walk.elements_per_channel();
   std::vector<Gradient<Scalar>> gradients;
   Tables<Scalar> means(walk, entries), scales(walk, entries), constants(walk, entries), slopes(walk, entries);
   Doubles scale(walk.channels), constant(walk.channels), slope(walk.channels);
-  for (int64_t i = 0; i < entries; ++i) {
+  for (int64_t i = range.begin; i < range.end; ++i) {
     if (!d_outputs[i]) continue;
     auto* d_output = static_cast<Scalar*>(d_outputs[i]->mutable_data_ptr());
     gradients.push_back({nullptr, d_output, nullptr, nullptr, nullptr, nullptr});
@@ -692,7 +729,8 @@ void write_output_gradients(const Walk& walk, const Tensor& grad, const Entries&
     gradient.slope = slopes.fill(i, slope);
   }
   if (gradients.empty()) return;
-  const bool streamed = static_cast<int64_t>(gradients.size() * sizeof(Scalar)) * walk.elements >= kStreamedBytes;
+  const int64_t written = std::count_if(d_outputs.begin(), d_outputs.end(), [](const auto& d) { return d.has_value(); });
+  const bool streamed = static_cast<int64_t>(written * sizeof(Scalar)) * walk.elements >= kStreamedBytes;
   walk.for_chunks(2 * gradients.size(), true, [&](int64_t, int64_t first, int64_t last) {
     gradients_loop(data_of<Scalar>(grad), gradients.data(), gradients.size(), walk, first, last, streamed);
   });
@@ -718,11 +756,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_mixed_sum_forward(
   Tensor means = empty_statistics(entries, channels, 0.0), variances = empty_statistics(entries, channels, 1.0);
   auto* mean = static_cast<double*>(means.mutable_data_ptr());
   auto* variance = static_cast<double*>(variances.mutable_data_ptr());
-  Integers batch;
+  Flags is_read(entries), from_batch(entries);
   for (int64_t i = 0; i < entries; ++i) {
-    if (!outputs[i] || !mixture.is_active(i)) continue;
-    if (kinds[i] == kBatch) batch.push_back(i);
-    if (kinds[i] != kRunning) continue;
+    is_read[i] = outputs[i] && mixture.is_active(i);
+    from_batch[i] = is_read[i] && kinds[i] == kBatch;
+    if (!is_read[i] || kinds[i] != kRunning) continue;
     const Tensor *running_mean = entry_of(running_means, i), *running_variance = entry_of(running_variances, i);
     STD_TORCH_CHECK(running_mean && running_variance, "batch_norm_mixed_sum_forward: no running statistics");
     const Doubles m = read_scalars(*running_mean), v = read_scalars(*running_variance);
@@ -733,8 +771,16 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_mixed_sum_forward(
   with_storage(result.scalar_type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
     const Walk walk(result, Lanes<Scalar>::width);
-    if (!batch.empty()) batch_statistics<Scalar>(walk, outputs, batch, mean, variance);
-    forward<Scalar>(walk, outputs, mixture, {weights, biases, kinds, eps, mean, variance}, result);
+    const Norms norms{weights, biases, kinds, eps, mean, variance};
+    // A pass without another needs no cache, and a sum wider than what is stored must not be rounded between ranges.
+    // Each range costs a read and a write of the sum: under four entries that is more than it saves.
+    const bool is_split = std::is_same_v<Scalar, Sum<Scalar>> && std::count(from_batch.begin(), from_batch.end(), true);
+    std::vector<Range> ranges{{0, entries}};
+    if (is_split) ranges = cached_ranges(is_read, result.numel() * sizeof(Scalar), 4);
+    for (const Range range : ranges) {
+      batch_statistics<Scalar>(walk, outputs, range, from_batch, mean, variance);
+      forward<Scalar>(walk, outputs, range, mixture, norms, result);
+    }
   });
   return {result, means, variances};
 }
@@ -764,8 +810,10 @@ std::tuple<Tensors, Tensor, Tensor> batch_norm_mixed_sum_backward(
     with_storage(grad.scalar_type(), [&](auto scalar) {
       using Scalar = decltype(scalar);
       const Walk walk(grad, Lanes<Scalar>::width);
-      if (needs_sums) sums = channel_sums<Scalar>(walk, grad, outputs, is_read, norms);
-      write_output_gradients<Scalar>(walk, grad, outputs, mixture, norms, sums, d_outputs);
+      for (const Range range : cached_ranges(is_read, grad.numel() * sizeof(Scalar), 1)) {
+        if (needs_sums) channel_sums<Scalar>(walk, grad, outputs, range, is_read, norms, sums);
+        write_output_gradients<Scalar>(walk, grad, outputs, range, mixture, norms, sums, d_outputs);
+      }
     });
   }
 
