@@ -135,9 +135,9 @@ def measure(case: Case, subject: Subject, device: torch.device, rounds: int, bri
 def peak_of_steps(steps: Mapping[str, TrainingStep], device: torch.device) -> dict[str, int]:
     """Most bytes a step holds at once beyond weights, buffers and batch: activations and all gradients.
 
-    Without stock_channels_last, which holds what stock does.
+    Of the stock ones only in contiguous memory: in channels_last it holds the same.
     """
-    measured = {name: step for name, step in steps.items() if name != "stock_channels_last"}
+    measured = {name: step for name, step in steps.items() if name == "stock" or not name.startswith("stock")}
     for step in measured.values():
         step.model.zero_grad(set_to_none=True)
     return peak_memory(measured, device)
@@ -145,12 +145,16 @@ def peak_of_steps(steps: Mapping[str, TrainingStep], device: torch.device) -> di
 
 def row(case: Case, timings: Mapping[str, Timings], errors: Mapping[str, float], peaks: Mapping[str, int]) -> Row:
     green, step = is_green(errors), timings["step"]
+    fused = {}
+    if "stock_fused" in step.seconds:
+        fused["stock_fused_speedup"] = step.ratio("stock_channels_last", "stock_fused") if green else None
     return {
         "name": str(case),
         **{f"{name}_seconds": step.median(name) for name in step.seconds},
         **errors,
         "accuracy": "green" if green else "red",
         "speedup": {name: step.ratio(name, "ours") if green else None for name in STOCKS},
+        **fused,
         "half_pruned_share": step.ratio("ours_half_pruned", "ours"),
         **{f"{name}_peak_bytes": peak for name, peak in peaks.items()},
         "peak_share": peaks["ours"] / peaks["stock"],

@@ -19,18 +19,28 @@ from bench.accuracy import relative_error
 from bench.step_subjects import Batch, TrainingStep
 
 LIMITS = {"loss_error": 1e-5, "gradient_error": 5e-2, "gradient_error_float64": 1e-9}
+FUSED = "stock_fused_"  # before the names of its errors
 IMAGES_FLOAT64, SIDE_FLOAT64 = 2, 16  # depthwise convolutions of torch are slow in float64
 
 
 def agreement(steps: Mapping[str, TrainingStep], renamed: Callable[[str], str], batch: Batch) -> dict[str, float]:
-    """Errors after a step of each: |loss - stock's| / |stock's|, and the largest |g - stock's g| / |stock's g|."""
-    stock, ours = steps["stock"], steps["ours"]
-    losses = float(stock.loss), float(ours.loss)
+    """Errors of ours, and of stock with fused mixed ops where there is one, after a step of each."""
+    stock = steps["stock"]
+    found = errors(stock, steps["ours"], renamed, batch)
+    found["gradient_error_stock_channels_last"] = gradient_error(stock.model, steps["stock_channels_last"].model, str)
+    if "stock_fused" in steps:
+        fused = errors(stock, steps["stock_fused"], str, batch)
+        found |= {f"{FUSED}{name}": error for name, error in fused.items()}
+    return found
+
+
+def errors(stock: TrainingStep, other: TrainingStep, renamed: Callable[[str], str], batch: Batch) -> dict[str, float]:
+    """|loss - stock's| / |stock's|, and the largest |g - stock's g| / |stock's g|, also in float64."""
+    exact, loss = float(stock.loss), float(other.loss)
     return {
-        "loss_error": abs(losses[1] - losses[0]) / abs(losses[0]),
-        "gradient_error": gradient_error(stock.model, ours.model, renamed),
-        "gradient_error_stock_channels_last": gradient_error(stock.model, steps["stock_channels_last"].model, str),
-        "gradient_error_float64": float64_gradient_error(stock.model, ours.model, renamed, batch),
+        "loss_error": abs(loss - exact) / abs(exact),
+        "gradient_error": gradient_error(stock.model, other.model, renamed),
+        "gradient_error_float64": float64_gradient_error(stock.model, other.model, renamed, batch),
     }
 
 
@@ -54,4 +64,5 @@ def float64_gradient_error(stock: nn.Module, ours: nn.Module, renamed: Callable[
 
 def is_green(errors: Mapping[str, float]) -> bool:
     """True if every error is within its limit; NaN never is."""
-    return all(errors[name] <= limit for name, limit in LIMITS.items())
+    prefixes = ["", FUSED] if f"{FUSED}loss_error" in errors else [""]
+    return all(errors[prefix + name] <= limit for prefix in prefixes for name, limit in LIMITS.items())

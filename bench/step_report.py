@@ -11,7 +11,7 @@ from bench.step_kinds import KINDS
 from bench.step_scaling import print_scaling
 from bench.table import in_bytes
 
-CONTENDERS = ("stock", "stock_channels_last", "ours", "ours_half_pruned")
+CONTENDERS = ("stock", "stock_channels_last", "stock_fused", "ours", "ours_half_pruned")  # the fused not everywhere
 
 
 def print_results(found: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def print_results(found: dict[str, Any]) -> None:
 def print_case(row: Row) -> None:
     """A block per case: times, memory, speed-ups of ours where its results agree, errors and kinds."""
     print(f"{row['name']}: seconds per training step, float32; ours against it in brackets")
-    for name in CONTENDERS:
+    for name in contenders(row):
         line = f"  {name:20}{row[f'{name}_seconds']:9.4f}{times(row['speedup'].get(name)):10}"
         line += f"forward {row['forward_seconds'][name]:.4f}  backward {row['backward_seconds'][name]:.4f}  "
         if "bilevel_seconds" in row:
@@ -53,8 +53,18 @@ def print_case(row: Row) -> None:
         f"(stock channels_last: {row['gradient_error_stock_channels_last']:.0e}), "
         f"worst gradient in float64 {row['gradient_error_float64']:.0e}"
     )
+    if "stock_fused_seconds" in row:
+        print(
+            f"  stock after fuse_mixed_ops, against stock_channels_last{times(row['stock_fused_speedup'])}: "
+            f"off stock by: loss {row['stock_fused_loss_error']:.0e}, worst gradient "
+            f"{row['stock_fused_gradient_error']:.0e}, in float64 {row['stock_fused_gradient_error_float64']:.0e}"
+        )
     for name, shares in row.get("kinds", {}).items():
         print(f"  {name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
+
+
+def contenders(row: Row) -> list[str]:
+    return [name for name in CONTENDERS if f"{name}_seconds" in row]
 
 
 def times(ratio: float | None) -> str:
@@ -87,9 +97,10 @@ def draw(path: Path, found: dict[str, Any]) -> bool:
 def draw_steps(axis: Any, row: Row) -> None:
     """Forward and backward of every contender, stacked."""
     forward, backward = (row[f"{phase}_seconds"] for phase in ("forward", "backward"))
-    axis.barh(CONTENDERS, [forward[name] for name in CONTENDERS], label="forward")
-    left = [forward[name] for name in CONTENDERS]
-    axis.barh(CONTENDERS, [backward[name] for name in CONTENDERS], left=left, label="backward")
+    names = contenders(row)
+    left = [forward[name] for name in names]
+    axis.barh(names, left, label="forward")
+    axis.barh(names, [backward[name] for name in names], left=left, label="backward")
     axis.set(title=f"{row['name']}: training step", xlabel="seconds")
     axis.invert_yaxis()
     axis.legend()

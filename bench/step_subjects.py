@@ -18,6 +18,7 @@ from dssp.config import SearchConfig
 from dssp.data import DataSet, load_data
 from dssp.spaces import DARTS, NASBENCH201, CellSpace
 from dssp.supernet import Supernet
+from dssp_kernels import fuse_mixed_ops
 
 Batch = tuple[Tensor, Tensor]
 Phases = Mapping[str, Callable[[], object]]  # what makes up a step, in order
@@ -126,13 +127,17 @@ def load_batches(case: Case, data: DataSet) -> tuple[Batch, Batch]:
 
 
 def build_contenders(case: Case, subject: Subject, data: DataSet, device: torch.device) -> dict[str, nn.Module]:
-    """Four supernets with the same weights. Half pruned: every second edge is removed for good."""
+    """Supernets with the same weights. Half pruned: every second edge is removed for good. Fused: stock's own modules
+    after fuse_mixed_ops, where that finds mixed ops."""
     torch.manual_seed(0)
     stock, ours = subject.stock(case, data), subject.ours(case, data)
     ours.load_state_dict({subject.renamed(key): value for key, value in stock.state_dict().items()})
     half = copy.deepcopy(ours)
     prune_to(half, 0.5)
     nets = {"stock_channels_last": copy.deepcopy(stock), "ours": ours, "ours_half_pruned": half}
+    fused = copy.deepcopy(stock)
+    if fuse_mixed_ops(fused):
+        nets["stock_fused"] = fused
     return {
         "stock": stock.to(device),
         **{name: net.to(device).to(memory_format=torch.channels_last) for name, net in nets.items()},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench import search_step, stock_darts
 from bench.results import TIMES
-from bench.step_agreement import LIMITS, gradient_error, is_green
+from bench.step_agreement import FUSED, LIMITS, gradient_error, is_green
 from bench.step_kinds import KINDS, kind, self_times, share_by_kind
 from bench.step_processes import run_apart
 from bench.step_scaling import SERIES, points
@@ -40,6 +40,7 @@ from dssp.data import DataSet
 from dssp.relaxation import Mixture
 from dssp.spaces import DARTS
 from dssp.supernet import Supernet
+from dssp_kernels import FusedMixedEdge
 
 CPU = torch.device("cpu")
 TINY = Case("darts", channels=16, cells=3, batch=4)
@@ -100,15 +101,19 @@ def test_pruning_leaves_its_share_and_an_edge_into_every_node(share: float, coun
 @every_space
 def test_contenders_differ_only_in_what_they_are_named_after(case: Case, subject: Subject) -> None:
     nets = build_contenders(case, subject, subject.load(CPU), CPU)
-    stock, channels_last, ours, half = (net.state_dict() for net in nets.values())
-    assert len(stock) == len(channels_last) == len(ours) > len(half)
+    states = {name: net.state_dict() for name, net in nets.items()}
+    stock, ours, half = states["stock"], states["ours"], states["ours_half_pruned"]
+    assert len(stock) == len(ours) > len(half)
     for key, value in stock.items():
         assert torch.equal(value, ours[subject.renamed(key)])
-        assert torch.equal(value, channels_last[key])
+        assert all(torch.equal(value, state[key]) for name, state in states.items() if name.startswith("stock"))
     assert all(torch.equal(value, ours[key]) for key, value in half.items())
     whole, pruned = nets["ours"], nets["ours_half_pruned"]
     assert isinstance(whole, Supernet) and isinstance(pruned, Supernet)
     assert 2 * len(pruned.live_edges()) == len(whole.live_edges())
+    assert ("stock_fused" in nets) == (case.subject == "darts")  # NAS-Bench-201's cell is no mixed op to fuse_mixed_ops
+    if "stock_fused" in nets:
+        assert any(isinstance(module, FusedMixedEdge) for module in nets["stock_fused"].modules())
 
 
 @every_space
@@ -138,6 +143,8 @@ def test_gradient_error_is_that_of_the_worst_parameter() -> None:
 @pytest.mark.parametrize("factor, green", [(1.0, True), (1.01, False), (math.nan, False)])
 def test_check_is_red_when_one_error_is_above_its_limit(name: str, factor: float, green: bool) -> None:
     assert is_green({**LIMITS, name: LIMITS[name] * factor}) is green
+    fused = {f"{FUSED}{limited}": limit for limited, limit in LIMITS.items()}
+    assert is_green({**LIMITS, **fused, f"{FUSED}{name}": LIMITS[name] * factor}) is green
 
 
 def test_phases_are_timed_in_turns_and_the_first_round_is_not_counted() -> None:
@@ -238,7 +245,8 @@ def test_full_run_writes_everything(tmp_path: Path) -> None:
     assert set(found) >= {"machine", "versions", "commit", "cases", "scaling", "first_step", "torch_compile"}
     (row,) = found["cases"]
     assert set(row) >= CONTRACT
-    for name in ("stock", "stock_channels_last", "ours", "ours_half_pruned"):
+    assert row["stock_fused_speedup"] == pytest.approx(row["stock_channels_last_seconds"] / row["stock_fused_seconds"])
+    for name in ("stock", "stock_channels_last", "stock_fused", "ours", "ours_half_pruned"):
         parts = row["forward_seconds"][name] + row["backward_seconds"][name]
         assert row[f"{name}_seconds"] == pytest.approx(parts)  # of a single round
         assert row["bilevel_seconds"][name] > 0
@@ -253,6 +261,8 @@ def test_wrong_supernet_is_red_and_shows_no_speedup(tmp_path: Path, capsys: pyte
     assert status == 1
     (row,) = found["cases"]
     assert row["accuracy"] == "red"
-    assert set(row["speedup"].values()) == set(row["bilevel_speedup"].values()) == {None}
+    assert (
+        set(row["speedup"].values()) == set(row["bilevel_speedup"].values()) == {row["stock_fused_speedup"]} == {None}
+    )
     printed = capsys.readouterr().out
     assert "RED" in printed and not SPEEDUP.search(printed)
