@@ -26,22 +26,21 @@ IMAGES_FLOAT64, SIDE_FLOAT64 = 2, 16  # depthwise convolutions of torch are slow
 def agreement(steps: Mapping[str, TrainingStep], renamed: Callable[[str], str], batch: Batch) -> dict[str, float]:
     """Errors of ours, and of stock with fused mixed ops where there is one, after a step of each."""
     stock = steps["stock"]
-    found = errors(stock, steps["ours"], renamed, batch)
+    exact = in_float64(stock.model, batch)
+
+    def errors(other: TrainingStep, renamed: Callable[[str], str]) -> dict[str, float]:
+        """|loss - stock's| / |stock's|, and the largest |g - stock's g| / |stock's g|, also in float64."""
+        return {
+            "loss_error": abs(float(other.loss) - float(stock.loss)) / abs(float(stock.loss)),
+            "gradient_error": gradient_error(stock.model, other.model, renamed),
+            "gradient_error_float64": gradient_error(exact, in_float64(other.model, batch), renamed),
+        }
+
+    found = errors(steps["ours"], renamed)
     found["gradient_error_stock_channels_last"] = gradient_error(stock.model, steps["stock_channels_last"].model, str)
     if "stock_fused" in steps:
-        fused = errors(stock, steps["stock_fused"], str, batch)
-        found |= {f"{FUSED}{name}": error for name, error in fused.items()}
+        found |= {f"{FUSED}{name}": error for name, error in errors(steps["stock_fused"], str).items()}
     return found
-
-
-def errors(stock: TrainingStep, other: TrainingStep, renamed: Callable[[str], str], batch: Batch) -> dict[str, float]:
-    """|loss - stock's| / |stock's|, and the largest |g - stock's g| / |stock's g|, also in float64."""
-    exact, loss = float(stock.loss), float(other.loss)
-    return {
-        "loss_error": abs(loss - exact) / abs(exact),
-        "gradient_error": gradient_error(stock.model, other.model, renamed),
-        "gradient_error_float64": float64_gradient_error(stock.model, other.model, renamed, batch),
-    }
 
 
 def gradient_error(stock: nn.Module, other: nn.Module, renamed: Callable[[str], str]) -> float:
@@ -52,14 +51,12 @@ def gradient_error(stock: nn.Module, other: nn.Module, renamed: Callable[[str], 
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
-def float64_gradient_error(stock: nn.Module, ours: nn.Module, renamed: Callable[[str], str], batch: Batch) -> float:
-    """The same for copies in float64, on a corner of the first images of the batch."""
+def in_float64(model: nn.Module, batch: Batch) -> nn.Module:
+    """A copy in float64, after a step on a corner of the first images of the batch."""
     images, labels = (part[:IMAGES_FLOAT64] for part in batch)
-    images = images[:, :, :SIDE_FLOAT64, :SIDE_FLOAT64]
-    stock, ours = (copy.deepcopy(model).double() for model in (stock, ours))
-    for model in (stock, ours):
-        TrainingStep(model, (images.double(), labels))()
-    return gradient_error(stock, ours, renamed)
+    model = copy.deepcopy(model).double()
+    TrainingStep(model, (images[:, :, :SIDE_FLOAT64, :SIDE_FLOAT64].double(), labels))()
+    return model
 
 
 def is_green(errors: Mapping[str, float]) -> bool:
