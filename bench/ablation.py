@@ -49,6 +49,7 @@ VARIANTS = {
     "all-candidates": Variant("no candidate leaves before the paths", {"candidates_kept": 100}),  # no space has so many
     "no-paths": Variant("no hard paths: alpha and gates decide", {"path_epochs": 0}),
     "ties-by-loss": Variant("of paths that tie, the lowest loss", {"tie_break": "loss"}),
+    "ties-by-parsimony": Variant("of paths that tie, the fewest parameters", {"tie_break": "parsimony"}),
     "dssp-paper": Variant("the paper's formula, edges leave as in dssp", {"method": "dssp-paper"}),
     "dssp-paper-absolute": Variant(
         "the paper's formula and threshold", {"method": "dssp-paper", "prune_strategy": "absolute"}

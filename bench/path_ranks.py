@@ -27,8 +27,8 @@ from dssp.checkpoint import load_newest
 from dssp.config import SearchConfig
 from dssp.data import load_data
 from dssp.methods.dssp import Dssp
-from dssp.path_effects import additive_model, halfway
-from dssp.paths import Score, score_random, select
+from dssp.paths.effects import additive_model, halfway
+from dssp.paths.scores import Score, score_random, select
 from dssp.run_folder import stored_config
 from dssp.search import build_supernet
 

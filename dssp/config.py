@@ -317,7 +317,7 @@ class SearchConfig(_Config):
     tie_break: Literal["parsimony", "loss", "capacity"] = option(
         None,
         "which of the paths that tie on the held-out images is derived: that of the fewest parameters, of the lowest "
-        "loss, or of the most parameters (a prior that holds on NAS-Bench-201)",
+        "loss, or of the most parameters (a prior, found on NAS-Bench-201)",
         "search",
     )
     min_edges: int = option(1, "incoming edges that every node keeps", "pruning", low=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dssp.budget import Budget, Option, node_options, strongest
 from dssp.genotype import AnyGenotype, Edge
-from dssp.paths import genotype_of, path_of
+from dssp.paths.space import genotype_of, path_of
 from dssp.relaxation import softmax_over
 from dssp.supernet import Supernet
 

@@ -185,7 +185,7 @@ MUTATIONS = [
         ("candidates-worst-first", "key=lambda candidate: candidate[1]", "key=lambda candidate: -candidate[1]"),
     ),
     *of_formulas(
-        "dssp/path_effects.py",
+        "dssp/paths/effects.py",
         "search/test_path_effects.py",
         ("paths-halfway", "(losses + model[path]) / 2", "losses"),
         ("paths-model", "design @ _least_squares(design, measured)", "design @ _least_squares(design, 0 * measured)"),

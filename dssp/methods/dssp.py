@@ -11,12 +11,12 @@ from torch import Tensor
 from dssp.candidate_pruning import CandidatePruner, CandidateSchedule
 from dssp.config import SearchConfig
 from dssp.genotype import AnyGenotype
-from dssp.hard_paths import HardPaths
 from dssp.held_out import Losses, candidate_effects
 from dssp.methods.base import Noise, Phase
 from dssp.methods.dssp_paper import DsspPaper
 from dssp.optimization import cosine
-from dssp.path_effects import score_smoothly
+from dssp.paths.effects import score_smoothly
+from dssp.paths.training import HardPaths
 from dssp.relaxation import Mixture, normalised_gates, softmax_over
 from dssp.supernet import Supernet
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from dssp import budget as budgets
-from dssp.affordable_paths import AffordablePaths
 from dssp.bilevel import BilevelSearch
 from dssp.budget import Budget
 from dssp.config import ConfigError
@@ -23,7 +22,9 @@ from dssp.genotype import AnyGenotype
 from dssp.methods import METHODS
 from dssp.methods.dssp import Dssp
 from dssp.network import DerivedNetwork
-from dssp.paths import PathSpace, score, score_random
+from dssp.paths.affordable import AffordablePaths
+from dssp.paths.scores import score, score_random
+from dssp.paths.space import PathSpace
 from dssp.spaces import CHAIN, DARTS, NASBENCH201, CellSpace
 from dssp.supernet import Supernet
 from tests.search.small import small_search

@@ -17,7 +17,7 @@ from dssp.derivation import derive
 from dssp.genotype import genotype_from_dict, load_with_space, save_genotype, with_shortcuts
 from dssp.methods import METHODS
 from dssp.network import DerivedNetwork
-from dssp.paths import PathSpace
+from dssp.paths.space import PathSpace
 from dssp.pruning import GateTable, Pruner, PruningRules
 from dssp.relaxation import Mixture, normalised_gates
 from dssp.report import write_report

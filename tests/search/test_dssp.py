@@ -11,7 +11,7 @@ import torch
 
 from dssp.bilevel import BilevelSearch
 from dssp.methods.dssp import Dssp
-from dssp.path_effects import score_smoothly
+from dssp.paths.effects import score_smoothly
 from tests.search.small import set_gates, small_data, small_search
 
 SETTINGS = {"method": "dssp", "epochs": 6, "warmup_epochs": 1, "path_epochs": 3, "scored_paths": 12, "held_out": 8}

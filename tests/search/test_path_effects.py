@@ -8,8 +8,9 @@ import zlib
 import pytest
 import torch
 
-from dssp.path_effects import path_effects, score_smoothly
-from dssp.paths import Path, PathSpace, score
+from dssp.paths.effects import path_effects, score_smoothly
+from dssp.paths.scores import score
+from dssp.paths.space import Path, PathSpace
 from tests.search.small import small_supernet
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dssp.network import DerivedNetwork
-from dssp.paths import Path, PathSpace, score, select
+from dssp.paths.scores import score, select
+from dssp.paths.space import Path, PathSpace
 from dssp.relaxation import Mixture
 from dssp.spaces import DARTS, NASBENCH201
 from dssp.supernet import Supernet

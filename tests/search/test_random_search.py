@@ -9,7 +9,8 @@ import torch
 
 from dssp.bilevel import BilevelSearch
 from dssp.methods.random_search import RandomSearch
-from dssp.paths import Path, PathSpace, score_random
+from dssp.paths.scores import score_random
+from dssp.paths.space import Path, PathSpace
 from dssp.spaces import DARTS, NASBENCH201
 from dssp.supernet import Supernet
 from tests.search.small import small_search, small_supernet

@@ -1,13 +1,12 @@
-"""Hard paths: one candidate per edge, as in a derived cell, run inside the supernet; drawn, searched and compared."""
+"""Hard paths: one candidate per edge, as in a derived cell, run inside the supernet."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
 
 from dssp.genotype import AnyGenotype, Edge
 from dssp.relaxation import Mixture
@@ -15,9 +14,6 @@ from dssp.supernet import Supernet
 
 Path = tuple[int | None, ...]
 """Per edge, all cell types in their order: the position of the candidate that runs, or None for a closed edge."""
-
-Score = dict[Path, Tensor]
-"""Paths and the loss of each held-out image on them."""
 
 
 class PathSpace:
@@ -141,60 +137,3 @@ def genotype_of(supernet: Supernet, path: Path) -> AnyGenotype:
             operations = [(space.operations[k], source) for k, source in kept if k is not None]
             cells[cell_type].append([edge for edge in operations if edge[0] != "none"])
     return space.genotype.from_cells(cells, space.concat)
-
-
-def score_random(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, seed: int) -> Score:
-    """The held-out losses of all paths or, where there are more than ``limit``, of that many drawn by space.draw().
-
-    Of fewer, where a budget leaves so few that 100 draws for each do not find them.
-    """
-    if len(space) <= limit:
-        return {path: losses(path) for path in space}
-    generator = torch.Generator().manual_seed(seed)
-    found: Score = {}
-    for _ in range(100 * limit):
-        path = space.draw(generator)
-        if path not in found:
-            found[path] = losses(path)
-        if len(found) == limit:
-            break
-    return found
-
-
-def score(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, seed: int) -> Score:
-    """The held-out losses of all paths or, where there are more than ``limit``, of that many on a search among them.
-
-    The search takes the path of the largest alpha and random ones for a quarter of ``limit``, then goes on from the
-    best to its neighbours, in random order, moving whenever one is better.
-    """
-    if len(space) <= limit:
-        return {path: losses(path) for path in space}
-    generator = torch.Generator().manual_seed(seed)
-    found: Score = {}
-    for path in [space.strongest(), *(space.draw(generator) for _ in range(limit // 4))]:
-        found.setdefault(path, losses(path))
-    while len(found) < limit:
-        best = min(found, key=lambda path: float(found[path].mean()))
-        fresh = [path for path in dict.fromkeys(space.neighbours(best)) if path not in found]
-        if not fresh:
-            break  # a local optimum, all of whose neighbours are known
-        for i in torch.randperm(len(fresh), generator=generator)[: limit - len(found)].tolist():
-            found[fresh[i]] = losses(fresh[i])
-            if float(found[fresh[i]].mean()) < float(found[best].mean()):
-                break
-    return found
-
-
-def select(scores: Score, preference: Callable[[Path], float]) -> Path:
-    """Of the paths that tie with the one of the lowest mean loss, the most preferred; among equals, the lowest loss.
-
-    Two paths tie if the mean of their paired differences is within two of its standard errors. To prefer small ones is
-    parsimony; that large ones are better is a prior, which NAS-Bench-201 confirms and another space need not.
-    """
-    best = min(scores, key=lambda path: float(scores[path].mean()))
-    ties = []
-    for path, losses in scores.items():
-        difference = losses - scores[best]
-        if float(difference.mean()) <= 2 * float(difference.std()) / math.sqrt(len(difference)):
-            ties.append(path)
-    return max(ties, key=lambda path: (preference(path), -float(scores[path].mean())))

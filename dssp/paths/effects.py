@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dssp.paths import Path, PathSpace, Score, score
+from dssp.paths.scores import Score, score
+from dssp.paths.space import Path, PathSpace
 
 Floats = NDArray[np.float64]
 Effects = dict[tuple[int, int], float]
@@ -34,7 +35,7 @@ def path_effects(space: PathSpace, losses: Callable[[Path], Tensor], *, count: i
 
 
 def score_smoothly(space: PathSpace, losses: Callable[[Path], Tensor], *, limit: int, seed: int) -> Score:
-    """The result of paths.score(), halfway() to the additive model."""
+    """The result of scores.score(), halfway() to the additive model."""
     return halfway(score(space, losses, limit=limit, seed=seed))
 
 
