@@ -11,6 +11,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -37,7 +39,7 @@ constexpr int64_t kChunk = 32 * 1024;  // elements
 constexpr int64_t kMaxChunks = 256;    // partial sums per entry are at most this many, however large the tensors
 constexpr int64_t kShortRow = 16;      // elements; rows shorter than this are not worth a loop of their own
 constexpr int64_t kGrain = 32 * 1024;  // element visits below which a second thread costs more than it brings
-constexpr int64_t kCachedBytes = 12 << 20;  // of tensors that a second pass finds in the cache; see cached_ranges()
+constexpr int64_t kCachedBytes = 12 << 20;  // of tensors that a second pass finds in a large cache; see cached_ranges()
 
 // ---- how channels lie in memory ------------------------------------------------------------------------------------
 
@@ -560,10 +562,19 @@ struct Range {
   int64_t begin, end;
 };
 
+// Bytes of tensors that a second pass finds in the cache that all cores share. Others use it too: half of it counts.
+int64_t cached_bytes() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (cache > 0) return std::min(kCachedBytes, cache / 2);
+#endif
+  return kCachedBytes;
+}
+
 // Splits the entries so that those of a range that are read fit into the cache beside one more tensor, the gradient or
 // the sum. Where fewer than `least` would fit they are left together.
 std::vector<Range> cached_ranges(const Flags& is_read, int64_t tensor_bytes, int64_t least) {
-  const int64_t entries = is_read.size(), fitting = kCachedBytes / std::max<int64_t>(tensor_bytes, 1) - 1;
+  const int64_t entries = is_read.size(), fitting = cached_bytes() / std::max<int64_t>(tensor_bytes, 1) - 1;
   std::vector<Range> ranges{{0, entries}};
   if (fitting < least) return ranges;
   for (int64_t i = 0, count = 0; i < entries; ++i) {
