@@ -15,6 +15,7 @@ from dssp.comparison.processes import Processes
 from dssp.comparison.progress import ComparisonBar
 from dssp.comparison.results import Comparison, read_comparison, write_results
 from dssp.comparison.table import print_table
+from dssp.comparison.time_budget import fit_epochs
 from dssp.run_folder import open_run_folder
 
 
@@ -23,6 +24,7 @@ def run(plan: ComparePlan, console: Console) -> Comparison:
     folder = open_run_folder(plan, "compare", {})
     for line in refusals(plan):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    plan = fit_epochs(plan, folder, console)
     comparison = search_all(plan, folder, console, write_comparison)
     print_table(console, comparison)
     names = ("comparison.csv", "comparison.json", "comparison.html")

@@ -54,6 +54,7 @@ def _config(comparison: Comparison) -> Mapping[str, object]:
     """What was compared; settings that all runs had are those of the first one."""
     flags = comparison.config.get("flags", {})
     own = {key: comparison.config[key] for key in ("methods", "seeds", "jobs")}
+    own |= {"search_seconds": seconds} if (seconds := comparison.search_seconds) else {}
     return {**own, **flags, **next((result.run.versions for result in comparison.results if result.run), {})}
 
 
@@ -63,7 +64,9 @@ def _dataset(comparison: Comparison) -> object:
 
 def _subtitle(comparison: Comparison) -> str:
     config = next((result.run.config for result in comparison.results if result.run), {})
-    parts = [f"{key} {setting(config[key])}" for key in ("space", "epochs", "retrain_epochs") if key in config]
+    budget = [] if comparison.search_seconds else ["epochs"]  # of all runs alike, or of each method its own
+    parts = [f"{key} {setting(config[key])}" for key in ("space", *budget, "retrain_epochs") if key in config]
+    parts += [f"searches of {comparison.search_seconds:g} s"] if comparison.search_seconds else []
     methods, seeds = len(comparison.methods), comparison.config["seeds"]
     parts = [f"{methods} methods, {seeds} seeds each", *(part.replace("_", " ") for part in parts)]
     return " \N{MIDDLE DOT} ".join([*parts, comparison.folder.resolve().name])

@@ -20,6 +20,7 @@ from dssp.report.run_folder import Run, UnreadableRun, read_run_folder
 
 BASELINE = "darts"  # whose search time is 1 where times are compared
 NUMBERS = (
+    "epochs",
     *("search_seconds", "search_flops", "retrain_seconds", "peak_memory_bytes"),
     *("step_first_seconds", "step_last_seconds", "step_paths_seconds"),
     *("test_accuracy", "parameters", "flops"),
@@ -64,6 +65,11 @@ class Comparison:
     @property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(result.method for result in self.results))
+
+    @property
+    def search_seconds(self) -> float | None:
+        """The time that every search was given, None where all had the same number of epochs."""
+        return self.config.get("search_seconds")
 
     def of(self, method: str) -> list[Result]:
         """The finished runs of a method."""
@@ -128,6 +134,7 @@ def _result(folder: Path, method: str, seed: int, ended: Ended | None) -> Result
     elif is_finished(path):
         status = "finished"
     numbers = _numbers(run)
+    numbers["epochs"] = run.config.get("epochs") if run else None
     numbers["peak_memory_bytes"] = ended.peak_memory_bytes if ended else None
     return Result(method, seed, status, error, ended is not None and ended.shared, numbers, run)
 

@@ -68,6 +68,24 @@ def test_crash_of_one_run_leaves_the_others_alone_and_resume_tries_it_again(
     assert "</html>" in (folder / "comparison.html").read_text()
 
 
+def test_searches_of_one_time_have_the_epochs_that_pilots_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_epochs = FLAGS[: FLAGS.index("--epochs")] + FLAGS[FLAGS.index("--epochs") + 2 :]
+    arguments = [*without_epochs, *METHODS, "--seeds", "1", "--search-seconds", "1", "--run-dir", str(tmp_path / "all")]
+    compare.main(arguments)
+    said, found = capsys.readouterr().out, rows(tmp_path / "all")
+    for method in ("darts", "dssp-paper"):
+        epochs, taken = found[f"{method}-0"]["epochs"], float(found[f"{method}-0"]["search_seconds"])
+        assert f"{method}: {epochs} epochs for 1 s (4 took " in said and 0.2 < taken < 5
+    assert "Epochs" in said
+    pilots = started(tmp_path / "all" / "pilots")
+    assert set(pilots) == {"darts-4", "darts-8", "dssp-paper-4", "dssp-paper-8"}
+
+    compare.main([*arguments, "--resume"])
+    assert started(tmp_path / "all" / "pilots") == pilots and rows(tmp_path / "all") == found
+
+
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dssp.compare", *arguments]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)

@@ -174,7 +174,7 @@ def test_odd_sizes(backend: str, shape: tuple[int, ...], layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("channels", "edges"), [(7, 3), (3, 5)], ids=["four at a time", "twelve at a time"])
 def test_nodes_larger_than_the_cache(backend: str, layout: str, channels: int, edges: int) -> None:
-    """kCachedBytes in cpu.cpp, fewer where caches are small: some entries' sum is stored, that of the next added to it."""
+    """kCachedBytes in cpu.cpp, or fewer: the sum of some entries is stored, that of the next ones added to it."""
     shape, cached = (4, channels, 137, 139), 12 << 20
     c = case(shape, list(KINDS), edges=edges, absent=(1,), inactive=(1,), layout=LAYOUTS[layout])
     assert sum(o.nbytes for o in c.mixture.outputs if o is not None) > cached > 5 * c.mixture.grad.nbytes

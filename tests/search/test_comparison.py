@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from dssp.comparison.plan import parse_compare
 from dssp.comparison.processes import Processes
 from dssp.comparison.results import Comparison, Spread, read_comparison, spread, write_results
 from dssp.comparison.table import plus_minus, rows
+from dssp.comparison.time_budget import fitting_epochs
 from dssp.config import parse_search
 from dssp.methods import METHODS
+from dssp.options import ConfigError
 from dssp.report import UnreadableRun
 from dssp.report.scatter import Point, pareto_front
 from tests.search.test_report import Page, change_json, pictures, write_json, write_run
@@ -85,6 +88,10 @@ def test_flag_that_a_method_refuses_goes_to_the_others_only() -> None:
         ("--methods dssp darts --epochs 2 --warmup-epochs 3", "argument --warmup-epochs: expected at most the 2"),
         ("--methods none", "argument --methods: invalid choice: 'none'"),
         ("--epochs 0", "argument --epochs: expected at least 1"),
+        ("--search-seconds 0", "argument --search-seconds: expected a number of seconds above 0, got 0"),
+        ("--search-seconds nan", "argument --search-seconds: expected a number of seconds above 0, got nan"),
+        ("--search-seconds 9 --epochs 3", "argument --search-seconds: not together with --epochs"),
+        ("--search-seconds 9 --methods dssp --warmup-epochs 5", "argument --warmup-epochs: expected at most the 4"),
         ("--seeds 0", "argument --seeds: expected a whole number of at least 1, got 0"),
         ("--jobs two", "argument --jobs: expected a whole number of at least 1, got two"),
         ("--method darts", "unrecognized arguments: --method darts"),
@@ -105,6 +112,40 @@ def test_same_comparison_on_another_device_is_the_same() -> None:
     other = parse_compare(["--lambda-prune", "0.2"])
     timeless = [{k: v for k, v in plan.to_dict().items() if k != "jobs"} for plan in (first, second, other)]
     assert timeless[0] == timeless[1] != timeless[2]
+
+
+# A budget of time
+
+
+@pytest.mark.parametrize(
+    ("measured", "seconds", "epochs"),
+    [
+        ([(4, 4.0), (8, 8.0)], 20.0, 20),
+        ([(4, 14.0), (8, 18.0)], 20.0, 10),  # ten seconds whatever the epochs are
+        ([(4, 4.0), (8, 10.0)], 20.0, 16),  # no search takes less than no time without epochs
+        ([(4, 9.0), (8, 8.0)], 20.0, 20),  # noise
+    ],
+)
+def test_epochs_that_fit_lie_on_the_line_through_two_pilots(
+    measured: list[tuple[int, float]], seconds: float, epochs: int
+) -> None:
+    assert fitting_epochs("darts", measured, seconds) == epochs
+
+
+def test_time_for_no_epoch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"search_seconds: method darts needs about 11\.0 s for one epoch, got 10 s"):
+        fitting_epochs("darts", [(4, 14.0), (8, 18.0)], 10.0)
+
+
+def test_methods_search_for_the_epochs_they_are_given() -> None:
+    plan = parse_compare(["--methods", "dssp", "darts", "--seeds", "2", "--search-seconds", "30", "--channels", "4"])
+    pilots = [run.config for runs in plan.pilots(Path("x")).values() for run in runs]
+    assert [(c.method, c.epochs, c.retrain_epochs, c.seed, c.channels) for c in pilots] == [
+        (method, epochs, 0, 0, 4) for method in ("dssp", "darts") for epochs in (4, 8)
+    ]
+    runs = [run.config for run in replace(plan, epochs={"dssp": 21, "darts": 9}).runs(Path("x"))]
+    assert [(config.method, config.epochs) for config in runs] == 2 * [("dssp", 21), ("darts", 9)]
+    assert all(config.retrain_epochs > 0 for config in runs)
 
 
 # Statistics
