@@ -25,7 +25,7 @@ def columns(comparison: Comparison, *, wide: bool) -> list[Column]:
     """The columns between the number of runs and the ratio of times; those that no run has are left out."""
     times_shared = any(result.shared for result in comparison.results)
     shown = [
-        *[Column("epochs", "Epochs", _counts)] * (comparison.search_seconds is not None),
+        *[Column("epochs", "Epochs", lambda spread: f"{spread.mean:.0f}")] * (comparison.search_seconds is not None),
         Column("test_accuracy", "Test accuracy", _percents(100)),
         *(Column(key, key.replace("_", " "), _percents(1)) for key in comparison.tabulated),
         Column("parameters", "Parameters", _counts),
