@@ -7,6 +7,7 @@ from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
+from dssp_kernels.pool_batch_norm.op import pool_batch_norm
 from dssp_kernels.separable_conv.op import separable_conv2d
 from dssp_kernels.sharing import SharedOutputs
 
@@ -21,6 +22,7 @@ __all__ = [
     "fuse_mixed_ops",
     "get_backend",
     "mixed_sum",
+    "pool_batch_norm",
     "prune_matrix",
     "separable_conv2d",
     "set_backend",

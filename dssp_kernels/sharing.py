@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dssp_kernels.folding import Parts, is_watched, parts_of
+from dssp_kernels.pool_batch_norm.op import pool_batch_norm
+from dssp_kernels.pool_batch_norm.reference import batch_norm_with_statistics
 
 _POOL_SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
@@ -49,8 +50,12 @@ class SharedOutputs:
             return self._normalised(pool, norm, x), None
         return self._pooled(pool, x), norm
 
+    @staticmethod
+    def _key(pool: nn.Module, x: Tensor) -> tuple[Hashable, ...]:
+        return id(x), type(pool), *(getattr(pool, name) for name in _POOL_SETTINGS[type(pool)])
+
     def _pooled(self, pool: nn.Module, x: Tensor) -> Tensor:
-        key = id(x), type(pool), *(getattr(pool, name) for name in _POOL_SETTINGS[type(pool)])
+        key = self._key(pool, x)
         if key not in self._outputs:
             self._inputs.append(x)
             self._outputs[key] = pool(x)
@@ -58,13 +63,10 @@ class SharedOutputs:
 
     def _normalised(self, pool: nn.Module, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         """norm(pool(x)) by batch statistics; updates the norm's running ones."""
-        pooled = self._pooled(pool, x)
-        key = id(pooled), norm.eps
+        key = *self._key(pool, x), norm.eps
         if key not in self._batch_norms:
-            dtype = torch.promote_types(pooled.dtype, torch.float32)
-            mean, variance = torch.zeros(2, pooled.shape[1], dtype=dtype, device=pooled.device)
-            y = F.batch_norm(pooled, mean, variance, training=True, momentum=1.0, eps=norm.eps)
-            self._batch_norms[key] = y, mean, variance  # momentum 1: the running statistics are those of the batch
+            self._inputs.append(x)
+            self._batch_norms[key] = _pool_and_norm(pool, norm, x)
         y, mean, variance = self._batch_norms[key]
         if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
             assert norm.momentum is not None  # see of()
@@ -74,3 +76,14 @@ class SharedOutputs:
                 if norm.num_batches_tracked is not None:
                     norm.num_batches_tracked.add_(1)
         return y
+
+
+_USUAL: dict[str, object] = {"dilation": 1, "ceil_mode": False, "return_indices": False, "divisor_override": None}
+
+
+def _pool_and_norm(pool: nn.Module, norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(pool(x)) by batch statistics, and these: mean and unbiased variance."""
+    settings = {name: getattr(pool, name) for name in _POOL_SETTINGS[type(pool)]}
+    if all(settings.pop(name, usual) == usual for name, usual in _USUAL.items()):
+        return pool_batch_norm(x, "max" if type(pool) is nn.MaxPool2d else "avg", eps=norm.eps, **settings)
+    return batch_norm_with_statistics(pool(x), norm.eps)

@@ -101,6 +101,19 @@ MUTATIONS = [
             "pointwise_partial.data() + part * pointwise_size, first, last - 1)",
         ),
     ),
+    *of_formulas(
+        "dssp_kernels/pool_batch_norm/cpu_windows.h",
+        "kernels/test_pool_batch_norm.py",
+        ("pool-cpu-first", "(value > best[i])", "(value >= best[i])"),
+        ("pool-cpu-nan", " | (value != value)", ""),
+        ("pool-cpu-share", "counts_padding ? taps : row_count * columns_inside", "taps"),
+        ("pool-cpu-slope", "at(vector, j), (grad - constant - y * slope)", "at(vector, j), (grad - constant)"),
+    ),
+    *of_formulas(
+        "dssp_kernels/pool_batch_norm/cpu.cpp",
+        "kernels/test_pool_batch_norm.py",
+        ("pool-cpu-shift", "means[lane] = std::isfinite(mean) ? mean : S(0);", "means[lane] = S(0);"),
+    ),
     # ---- kernels in Triton, interpreted
     *of_formulas(
         "dssp_kernels/mixed_sum/triton_kernels.py",

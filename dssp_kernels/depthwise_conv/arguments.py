@@ -24,11 +24,23 @@ def checked_convolution(
     Raises TypeError or ValueError naming the argument, what came and what was expected.
     """
     _check_tensors(x, weight)
-    strides = _pair("stride", stride, 1)
-    paddings = _pair("padding", padding, 0)
-    dilations = _pair("dilation", dilation, 1)
+    strides = pair("stride", stride, 1)
+    paddings = pair("padding", padding, 0)
+    dilations = pair("dilation", dilation, 1)
     _check_output_size(x, weight, strides, paddings, dilations)
     return strides, paddings, dilations
+
+
+def pair(name: str, value: int | Sequence[int], least: int) -> Pair:
+    """An integer, or a pair (rows, columns) of integers, as a pair; TypeError or ValueError under `name` otherwise."""
+    both = (value, value) if isinstance(value, int) else value
+    if not (
+        isinstance(both, (tuple, list)) and len(both) == 2 and isinstance(both[0], int) and isinstance(both[1], int)
+    ):
+        raise TypeError(f"{name}: expected an integer or a pair of integers, got {value!r}")
+    if both[0] < least or both[1] < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+    return both[0], both[1]
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -67,17 +79,6 @@ def _check_tensors(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight: expected shape [C, 1, kh, kw] with C = {channels} as in x, got {list(weight.shape)}")
     if weight.device != x.device:
         raise ValueError(f"weight: expected x's device {x.device}, got {weight.device}")
-
-
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not (
-        isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], int) and isinstance(pair[1], int)
-    ):
-        raise TypeError(f"{name}: expected an integer or a pair of integers, got {value!r}")
-    if pair[0] < least or pair[1] < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
-    return pair[0], pair[1]
 
 
 def _check_output_size(

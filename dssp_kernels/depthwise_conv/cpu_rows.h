@@ -341,8 +341,12 @@ DSSP_ROW_LOOPS(double)
 DSSP_ROW_LOOPS(BFloat16)
 DSSP_ROW_LOOPS(Half)
 #define DSSP_TAP_LOOPS(S)                                                               \
-  DSSP_CLONES void correlate_loop(const Correlation<S>& c) { correlate<S>(c); }         \
-  DSSP_CLONES void contribute_loop(const Contribution<S>& c) { contribute<S>(c); }
+  [[maybe_unused]] DSSP_CLONES void correlate_loop(const Correlation<S>& c) {           \
+    correlate<S>(c);                                                                    \
+  }                                                                                     \
+  [[maybe_unused]] DSSP_CLONES void contribute_loop(const Contribution<S>& c) {         \
+    contribute<S>(c);                                                                   \
+  }
 DSSP_TAP_LOOPS(float)
 DSSP_TAP_LOOPS(double)
 

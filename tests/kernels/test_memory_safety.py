@@ -16,7 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dssp_kernels import batch_norm_mixed_sum, depthwise_conv2d, get_backend, mixed_sum, separable_conv2d, set_backend
+from dssp_kernels import (
+    batch_norm_mixed_sum,
+    depthwise_conv2d,
+    get_backend,
+    mixed_sum,
+    pool_batch_norm,
+    separable_conv2d,
+    set_backend,
+)
 from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.tensors import LAYOUTS
 
@@ -128,6 +136,18 @@ def convolution(
     return run
 
 
+def pools(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Run:
+    def run(wrap: Wrap) -> list[Tensor]:
+        found = []
+        for pool, kernel, stride in (("max", 3, 1), ("avg", 3, 1), ("max", (2, 4), 3), ("avg", (2, 4), 3)):
+            x = wrap(random(*shape, dtype=dtype, layout=layout)).requires_grad_()
+            y, mean, variance = pool_batch_norm(x, pool, kernel, stride=stride, padding=1)
+            found += [mean, variance, *gradients_of(y, [x], wrap)]
+        return found
+
+    return run
+
+
 # Odd sizes: rests shorter than a vector, and bytes left over between the end of a tensor and of its memory.
 SHAPES = {"5x17x5x3": (5, 17, 5, 3), "2x8x9x11": (2, 8, 9, 11), "1x3x61x43": (1, 3, 61, 43)}
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -142,6 +162,7 @@ OPERATORS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], Run]] = {
     "separable_conv2d": lambda shape, dtype, layout: convolution(
         separable_conv2d, [(shape[1], 1, 3, 3), (7, shape[1], 1, 1)], shape, dtype, layout
     ),
+    "pool_batch_norm": pools,
 }
 
 

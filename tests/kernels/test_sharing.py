@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dssp_kernels import FusedMixedEdge, FusedMixedNode, SharedOutputs
 
@@ -36,13 +37,16 @@ def run(nodes: list[FusedMixedNode], states: list[Tensor], share: bool) -> tuple
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"affine": True}, {"momentum": None}])
-def test_shared_nodes_give_the_same_outputs_gradients_and_buffers(training: bool, settings: dict) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_shared_nodes_give_the_same_outputs_gradients_and_buffers(
+    layout: torch.memory_format, training: bool, settings: dict
+) -> None:
     alone = nn.ModuleList(two_nodes(**settings)).train(training)
     for i, norm in enumerate(m for m in alone.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean.fill_(i / 10)  # every edge has a history of its own
         norm.running_var.fill_(1 + i / 10)
     together = copy.deepcopy(alone)
-    states = [torch.randn(3, 4, 5, 6).requires_grad_() for _ in range(2)]
+    states = [torch.randn(3, 4, 5, 6).contiguous(memory_format=layout).requires_grad_() for _ in range(2)]
     for _ in range(2):
         expected, found = run(list(alone), states, share=False), run(list(together), states, share=True)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -58,18 +62,30 @@ def test_a_norm_that_does_not_track_keeps_its_running_statistics() -> None:
     assert node.edges[1]._ops[0][1].num_batches_tracked == 1
 
 
-def test_a_pool_runs_once_per_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[int] = []
-    original = nn.MaxPool2d.forward
-    monkeypatch.setattr(nn.MaxPool2d, "forward", lambda self, x: (runs.append(id(x)), original(self, x))[1])
-    states = [torch.randn(2, 4, 5, 5) for _ in range(2)]
+class MaxPools(TorchDispatchMode):
+    """Counts the operators that find maxima, alone or with the norm after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        is_pool = func is torch.ops.dssp_kernels.pool_batch_norm_forward.default and args[1]
+        self.count += bool(is_pool or func is torch.ops.aten.max_pool2d_with_indices.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_pool_runs_once_per_state(layout: torch.memory_format) -> None:
+    states = [torch.randn(2, 4, 5, 5).contiguous(memory_format=layout) for _ in range(2)]
+    states = [state.requires_grad_() for state in states]  # without gradients torch takes other operators
     run_twice = two_nodes()
     for share, expected in ((False, 4), (True, 2)):
-        runs.clear()
         shared = SharedOutputs() if share else None
-        for node in run_twice:
-            node(states, shared=shared)
-        assert len(runs) == expected
+        with MaxPools() as pools:
+            for node in run_twice:
+                node(states, shared=shared)
+        assert pools.count == expected
 
 
 @pytest.mark.parametrize(
@@ -82,6 +98,17 @@ def test_only_pools_of_the_same_settings_are_shared(odd: nn.Module) -> None:
     again, other = shared.of(nn.MaxPool2d(3, 1, 1), x), shared.of(odd, x)
     assert first is not None and again is not None and again[0] is first[0]
     assert other is None or other[0] is not first[0]
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(3, 1, 1, dilation=2), nn.AvgPool2d(2, 2, divisor_override=3), nn.AvgPool2d(3, 2, ceil_mode=True)],
+)
+def test_pools_of_unusual_settings_are_normalised_too(pool: nn.Module) -> None:
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    found = SharedOutputs().of(nn.Sequential(pool, nn.BatchNorm2d(4, affine=False)), x)
+    assert found is not None and found[1] is None
+    torch.testing.assert_close(found[0], nn.BatchNorm2d(4, affine=False)(pool(x)))
 
 
 def test_a_pool_that_is_watched_runs_for_its_own_edge() -> None:

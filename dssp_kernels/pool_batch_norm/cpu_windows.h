@@ -1,0 +1,331 @@
+// Rows of windows, vectorised over channels: maxima and averages, their gradients, and the norm along a row.
+#pragma once
+
+#include <limits>
+
+#include "../depthwise_conv/cpu_rows.h"
+
+#define DSSP_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace dssp {
+namespace {
+
+// ---- positions ----------------------------------------------------------------------------------------------------
+
+// Positions in windows: as many lanes as S has, as wide as its own while computing, bytes in memory. They are narrowed
+// and widened by halves, for which there are instructions; at once, compilers do it lane by lane.
+template <typename S>
+struct Positions {
+  using Vector = int32_t __attribute__((vector_size(32)));
+  using Halves = uint16_t __attribute__((vector_size(16)));
+  using Bytes = uint8_t __attribute__((vector_size(8)));
+
+  static DSSP_INLINE Halves narrowed(Vector value) { return __builtin_convertvector(value, Halves); }
+  static DSSP_INLINE Vector widened(Halves value) { return __builtin_convertvector(value, Vector); }
+};
+template <>
+struct Positions<double> {
+  using Vector = int64_t __attribute__((vector_size(32)));
+  using Quarters = int32_t __attribute__((vector_size(16)));
+  using Halves = uint16_t __attribute__((vector_size(8)));
+  using Bytes = uint8_t __attribute__((vector_size(4)));
+
+  static DSSP_INLINE Halves narrowed(Vector value) {
+    return __builtin_convertvector(__builtin_convertvector(value, Quarters), Halves);
+  }
+  static DSSP_INLINE Vector widened(Halves value) {
+    return __builtin_convertvector(__builtin_convertvector(value, Quarters), Vector);
+  }
+};
+
+template <typename S>
+using Position = typename Positions<S>::Vector;
+
+template <typename S>
+DSSP_INLINE Position<S> all_at(int64_t position) {
+  using Lane = std::conditional_t<std::is_same_v<S, double>, int64_t, int32_t>;
+  return Position<S>{} + static_cast<Lane>(position);
+}
+
+template <typename S>
+DSSP_INLINE void store_position(uint8_t* to, Position<S> position) {
+  const auto bytes = __builtin_convertvector(Positions<S>::narrowed(position), typename Positions<S>::Bytes);
+  std::memcpy(to, &bytes, sizeof(bytes));
+}
+
+template <typename S>
+DSSP_INLINE Position<S> load_position(const uint8_t* from) {
+  const auto bytes = load_unaligned<typename Positions<S>::Bytes>(from);
+  return Positions<S>::widened(__builtin_convertvector(bytes, typename Positions<S>::Halves));
+}
+
+// ---- windows ------------------------------------------------------------------------------------------------------
+
+// The part of a window that lies inside the image: positions first..last - 1 along one axis, the first at tap `tap`.
+struct Window {
+  int64_t first, last, tap;
+
+  Window(const Axis& axis, int64_t output) {
+    const int64_t start = output * axis.stride - axis.padding;
+    first = std::max<int64_t>(start, 0);
+    last = std::min(start + axis.taps, axis.inputs);
+    tap = first - start;
+  }
+};
+
+// A row of pixels as vectors of channels: in a tensor whose elements are sums, or in a buffer [vector][column][lane].
+template <typename S>
+struct SumRow {
+  S* data;
+  int64_t vector, column;  // distances
+
+  S* at(int64_t v, int64_t c) const { return data + v * vector + c * column; }
+};
+
+// One row of windows.
+template <typename Pixel, typename S>
+struct Pooling {
+  SumRow<Pixel> image;  // the first of the rows that the windows reach
+  int64_t image_row;    // distance to the next one
+  int64_t row_count, row_tap;
+  Axis columns;
+  int64_t vectors, taps;  // taps of a whole window
+  bool counts_padding;
+  SumRow<S> pooled;    // forward: results; backward: their gradients, which are added to those of the image
+  uint8_t* positions;  // [vector][column][lane]: row * columns.taps + column in the window
+
+  S share(int64_t columns_inside) const {  // what one pixel has in an average
+    return S(1) / static_cast<S>(counts_padding ? taps : row_count * columns_inside);
+  }
+  uint8_t* position(int64_t vector, int64_t column) const {
+    return positions + (vector * columns.outputs + column) * Lanes<S>::width;
+  }
+};
+
+// Some windows side by side. kTaps: their columns if these all lie inside the image, 0 = any number, of one window.
+template <int kTaps, int kWindows>
+struct Group {
+  static constexpr int windows = kWindows;
+  int64_t vector, column;  // of the first
+  Window window;           // the first's columns
+
+  Group(int64_t vector, int64_t column, const Axis& columns)
+      : vector(vector), column(column), window(columns, column) {}
+
+  int64_t taps() const { return kTaps ? kTaps : window.last - window.first; }
+};
+
+// Calls use(group) until all windows of the row had their turn: those of three columns inside the image four at a time,
+// which keeps four sums in flight.
+template <typename P, typename Use>
+DSSP_INLINE void for_windows(const P& p, Use use) {
+  const Axis& columns = p.columns;
+  const int64_t before = columns.taps == 3 ? ceil_div(columns.padding, columns.stride) : columns.outputs;
+  const int64_t inside = columns.taps == 3 ? (columns.inputs + columns.padding - 3) / columns.stride + 1 : 0;
+  for (int64_t vector = 0; vector < p.vectors; ++vector) {
+    int64_t column = 0;
+    for (; column < std::min(before, columns.outputs); ++column) use(Group<0, 1>(vector, column, columns));
+    for (; column + 4 <= inside; column += 4) use(Group<3, 4>(vector, column, columns));
+    for (; column < inside; ++column) use(Group<3, 1>(vector, column, columns));
+    for (; column < columns.outputs; ++column) use(Group<0, 1>(vector, column, columns));
+  }
+}
+
+// ---- pools --------------------------------------------------------------------------------------------------------
+
+// Of equal pixels the first, and NaN wherever one is: as torch.nn.functional.max_pool2d has it.
+template <typename S>
+DSSP_INLINE void max_row(const Pooling<const S, S>& p) {
+  using V = typename Lanes<S>::Vector;
+  const int64_t next = p.image.column, stride = p.columns.stride * next;
+  const Position<S> row_step = all_at<S>(p.columns.taps);
+  for_windows(p, [&](const auto group) DSSP_INLINE_LAMBDA {
+    constexpr int windows = decltype(group)::windows;
+    const S* image = p.image.at(group.vector, group.window.first);
+    Position<S> first = all_at<S>(p.row_tap * p.columns.taps + group.window.tap);
+    V best[windows];
+    Position<S> position[windows];
+    for (int i = 0; i < windows; ++i) best[i] = V{} - std::numeric_limits<S>::infinity(), position[i] = first;
+    for (int64_t r = 0; r < p.row_count; ++r, first += row_step) {
+      const S* from = image + r * p.image_row;
+      Position<S> here = first;
+      for (int64_t t = 0; t < group.taps(); ++t, here += 1, from += next) {
+        for (int i = 0; i < windows; ++i) {
+          const V value = Lanes<S>::load(from + i * stride);
+          const auto better = (value > best[i]) | (value != value);
+          best[i] = better ? value : best[i];
+          position[i] = better ? here : position[i];
+        }
+      }
+    }
+    for (int i = 0; i < windows; ++i) {
+      Lanes<S>::store(p.pooled.at(group.vector, group.column + i), best[i]);
+      store_position<S>(p.position(group.vector, group.column + i), position[i]);
+    }
+  });
+}
+
+template <typename S>
+DSSP_INLINE void average_row(const Pooling<const S, S>& p) {
+  using V = typename Lanes<S>::Vector;
+  const int64_t next = p.image.column, stride = p.columns.stride * next;
+  for_windows(p, [&](const auto group) DSSP_INLINE_LAMBDA {
+    constexpr int windows = decltype(group)::windows;
+    const S* image = p.image.at(group.vector, group.window.first);
+    V sums[windows] = {};
+    for (int64_t r = 0; r < p.row_count; ++r) {
+      const S* from = image + r * p.image_row;
+      for (int64_t t = 0; t < group.taps(); ++t, from += next) {
+        for (int i = 0; i < windows; ++i) sums[i] += Lanes<S>::load(from + i * stride);
+      }
+    }
+    const S share = p.share(group.taps());
+    for (int i = 0; i < windows; ++i) Lanes<S>::store(p.pooled.at(group.vector, group.column + i), sums[i] * share);
+  });
+}
+
+// Adds of(i, here) to each pixel of window i, `here` being its position in the window.
+template <typename S, typename Group, typename Of>
+DSSP_INLINE void add_to_pixels(const Pooling<S, S>& p, const Group& group, Of of) {
+  const int64_t next = p.image.column, stride = p.columns.stride * next;
+  S* image = p.image.at(group.vector, group.window.first);
+  const Position<S> row_step = all_at<S>(p.columns.taps);
+  Position<S> first = all_at<S>(p.row_tap * p.columns.taps + group.window.tap);
+  for (int64_t r = 0; r < p.row_count; ++r, first += row_step) {
+    Position<S> here = first;
+    S* row = image + r * p.image_row;
+    for (int64_t t = 0; t < group.taps(); ++t, here += 1, row += next) {
+      for (int i = 0; i < Group::windows; ++i) {
+        S* to = row + i * stride;
+        Lanes<S>::store(to, Lanes<S>::load(to) + of(i, here));
+      }
+    }
+  }
+}
+
+template <typename S>
+DSSP_INLINE void max_gradient_row(const Pooling<S, S>& p) {
+  using V = typename Lanes<S>::Vector;
+  for_windows(p, [&](const auto group) DSSP_INLINE_LAMBDA {
+    constexpr int windows = decltype(group)::windows;
+    V gradient[windows];
+    Position<S> position[windows];
+    for (int i = 0; i < windows; ++i) {
+      gradient[i] = Lanes<S>::load(p.pooled.at(group.vector, group.column + i));
+      position[i] = load_position<S>(p.position(group.vector, group.column + i));
+    }
+    add_to_pixels(p, group, [&](int i, const Position<S>& here) DSSP_INLINE_LAMBDA {
+      return position[i] == here ? gradient[i] : V{};
+    });
+  });
+}
+
+template <typename S>
+DSSP_INLINE void average_gradient_row(const Pooling<S, S>& p) {
+  using V = typename Lanes<S>::Vector;
+  for_windows(p, [&](const auto group) DSSP_INLINE_LAMBDA {
+    constexpr int windows = decltype(group)::windows;
+    const S share = p.share(group.taps());
+    V gradient[windows];
+    for (int i = 0; i < windows; ++i) {
+      gradient[i] = Lanes<S>::load(p.pooled.at(group.vector, group.column + i)) * share;
+    }
+    add_to_pixels(p, group, [&](int i, const auto&) DSSP_INLINE_LAMBDA { return gradient[i]; });
+  });
+}
+
+// ---- the norm -----------------------------------------------------------------------------------------------------
+
+// Per channel, over one row: first += sum(a - shift), second += sum((a - shift) * (b - shift)); [vector][lane] each.
+template <typename S>
+struct Moments {
+  SumRow<const S> a, b;
+  const S* shift;
+  int64_t vectors, columns;
+  double *first, *second;
+};
+
+DSSP_INLINE void add_to_doubles(double* sums, Vector4d value) {
+  Lanes<double>::store(sums, Lanes<double>::load(sums) + value);
+}
+DSSP_INLINE void add_to_doubles(double* sums, Vector8f value) {
+  using Doubles = double __attribute__((vector_size(64)));
+  const Doubles total = load_unaligned<Doubles>(sums) + __builtin_convertvector(value, Doubles);
+  std::memcpy(sums, &total, sizeof(total));
+}
+
+template <typename S>
+DSSP_INLINE void add_moments(const Moments<S>& m) {
+  using V = typename Lanes<S>::Vector;
+  constexpr int64_t width = Lanes<S>::width;
+  for (int64_t vector = 0; vector < m.vectors; ++vector) {
+    const V shift = Lanes<S>::load(m.shift + vector * width);
+    V first = {}, second = {};
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const V from_a = Lanes<S>::load(m.a.at(vector, j)) - shift;
+      first += from_a;
+      second += from_a * (Lanes<S>::load(m.b.at(vector, j)) - shift);
+    }
+    add_to_doubles(m.first + vector * width, first);
+    add_to_doubles(m.second + vector * width, second);
+  }
+}
+
+// to = (a - constant) * scale per channel. [vector][lane] each.
+template <typename S>
+struct Normalisation {
+  SumRow<const S> a;
+  SumRow<S> to;
+  const S *constant, *scale;
+  int64_t vectors, columns;
+};
+
+template <typename S>
+DSSP_INLINE void normalise(const Normalisation<S>& n) {
+  using V = typename Lanes<S>::Vector;
+  constexpr int64_t width = Lanes<S>::width;
+  for (int64_t vector = 0; vector < n.vectors; ++vector) {
+    const V constant = Lanes<S>::load(n.constant + vector * width), scale = Lanes<S>::load(n.scale + vector * width);
+    for (int64_t j = 0; j < n.columns; ++j) {
+      Lanes<S>::store(n.to.at(vector, j), (Lanes<S>::load(n.a.at(vector, j)) - constant) * scale);
+    }
+  }
+}
+
+// to = (grad - constant - y * slope) * scale per channel. [vector][lane] each.
+template <typename S>
+struct NormGradient {
+  SumRow<const S> grad, y;
+  SumRow<S> to;
+  const S *constant, *slope, *scale;
+  int64_t vectors, columns;
+};
+
+template <typename S>
+DSSP_INLINE void take_through_norm(const NormGradient<S>& n) {
+  using V = typename Lanes<S>::Vector;
+  constexpr int64_t width = Lanes<S>::width;
+  for (int64_t vector = 0; vector < n.vectors; ++vector) {
+    const V constant = Lanes<S>::load(n.constant + vector * width), slope = Lanes<S>::load(n.slope + vector * width);
+    const V scale = Lanes<S>::load(n.scale + vector * width);
+    for (int64_t j = 0; j < n.columns; ++j) {
+      const V grad = Lanes<S>::load(n.grad.at(vector, j)), y = Lanes<S>::load(n.y.at(vector, j));
+      Lanes<S>::store(n.to.at(vector, j), (grad - constant - y * slope) * scale);
+    }
+  }
+}
+
+// target_clones takes no templates: plain functions, compiled for every instruction set.
+#define DSSP_POOL_LOOPS(S)                                                                                  \
+  DSSP_CLONES void max_loop(const Pooling<const S, S>& p) { max_row<S>(p); }                                \
+  DSSP_CLONES void average_loop(const Pooling<const S, S>& p) { average_row<S>(p); }                        \
+  DSSP_CLONES void max_gradient_loop(const Pooling<S, S>& p) { max_gradient_row<S>(p); }                    \
+  DSSP_CLONES void average_gradient_loop(const Pooling<S, S>& p) { average_gradient_row<S>(p); }            \
+  DSSP_CLONES void moments_loop(const Moments<S>& m) { add_moments<S>(m); }                                 \
+  DSSP_CLONES void normalise_loop(const Normalisation<S>& n) { normalise<S>(n); }                           \
+  DSSP_CLONES void norm_gradient_loop(const NormGradient<S>& n) { take_through_norm<S>(n); }
+DSSP_POOL_LOOPS(float)
+DSSP_POOL_LOOPS(double)
+
+}  // namespace
+}  // namespace dssp
