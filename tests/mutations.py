@@ -80,6 +80,11 @@ MUTATIONS = [
         ("norm-cpu-mean", "constant[c] = -scale[c] * sums.grad[c] / count - slope", "constant[c] = -slope"),
         ("norm-cpu-bias", "of.weight[c] * product + of.bias[c] * sums.grad[c]", "of.weight[c] * product"),
         ("norm-cpu-large-mean", "sums.products[i][c] -= rounding_error", "sums.products[i][c] += rounding_error"),
+        ("norm-cpu-first-range", "if (sum_grad) sums.grad = column(0);", "sums.grad = column(0);"),
+    ),
+    *of_formulas(
+        "dssp_kernels/batch_norm_mixed_sum/cpu_loops.h",
+        "kernels/test_batch_norm_mixed_sum.py",
         ("norm-cpu-rounds", "sums[u] += more[r][u];", "sums[u] += more[0][u];"),
         ("norm-cpu-next-entries", "if (kAdd) sums[u] += L::load(y + four.offset(u));", ""),
         ("norm-cpu-one-constant", "zeros = constant + walk.lanes;", "zeros = constant;"),
