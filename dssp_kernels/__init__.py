@@ -7,7 +7,9 @@ from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
+from dssp_kernels.separable_conv.group import SeparableConvolution, separable_conv2d_group
 from dssp_kernels.separable_conv.op import separable_conv2d
+from dssp_kernels.separable_conv.step import SeparableStep
 from dssp_kernels.sharing import SharedOutputs
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     "FusedMixedEdge",
     "FusedMixedNode",
     "PruningMask",
+    "SeparableConvolution",
+    "SeparableStep",
     "SharedOutputs",
     "batch_norm_mixed_sum",
     "depthwise_conv2d",
@@ -23,5 +27,6 @@ __all__ = [
     "mixed_sum",
     "prune_matrix",
     "separable_conv2d",
+    "separable_conv2d_group",
     "set_backend",
 ]
