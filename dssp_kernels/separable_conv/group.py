@@ -109,7 +109,12 @@ class _SeparableConv2dGroup(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.set_materialize_grads(False)
         ctx.geometry = geometry
-        return tuple(torch.ops.dssp_kernels.separable_conv2d_group_forward(x, *_halves(weights), *geometry))
+        depthwise, pointwise = _halves(weights)
+        results = torch.ops.dssp_kernels.separable_conv2d_group_forward(x, depthwise, pointwise, *geometry)
+        if not x.requires_grad:  # what depends on frozen weights alone is no business of autograd's
+            pairs = zip(results, depthwise, pointwise, strict=True)
+            ctx.mark_non_differentiable(*(y for y, d, p in pairs if not (d.requires_grad or p.requires_grad)))
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
