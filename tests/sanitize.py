@@ -19,6 +19,7 @@ TESTS = (
     "test_batch_norm_mixed_sum.py",
     "test_depthwise_conv.py",
     "test_separable_conv.py",
+    "test_separable_conv_group.py",
     "test_properties.py",
     "test_memory_safety.py",
     "test_streamed_results.py",
