@@ -176,8 +176,8 @@ struct TapRows {
   int64_t count;
 };
 
-// One row of results from rows of sources: results[j] = sum over taps of weight * source[j * stride + ...], where `adds`
-// added to what is there
+// One row of results from rows of sources: results[j] = sum over taps of weight * source[j * stride + ...], added to
+// what is there if `adds`.
 template <typename S>
 struct Correlation {
   const S *source, *weights;

@@ -337,6 +337,8 @@ void separable_forward(const Group& group, const Tensor& x, std::vector<Tensor>&
   const auto input = read_images<Scalar>(x);
   const int64_t rows = most_rows(group), batch = x.size(0);
   std::vector<Buffer<Sum<Scalar>>> depthwise, pointwise;
+  std::vector<Images<Scalar>> y;
+  for (Tensor& result : results) y.push_back(write_images<Scalar>(result));
   int64_t work = 0;  // per image
   for (const auto& [g, depthwise_weight, pointwise_weight, relu] : group) {
     depthwise.push_back(packed_weights<Scalar>(g, depthwise_weight));
@@ -347,7 +349,7 @@ void separable_forward(const Group& group, const Tensor& x, std::vector<Tensor>&
     std::vector<SeparableForward<Scalar>> sweeps;
     for (size_t k = 0; k < group.size(); ++k) {
       sweeps.emplace_back(DepthwiseRows<Scalar>(group[k].g, depthwise[k].data(), input, group[k].relu),
-                          pointwise[k].data(), write_images<Scalar>(results[k]), group[k].outputs());
+                          pointwise[k].data(), y[k], group[k].outputs());
     }
     while (begin < end) {
       const int64_t image = begin / rows, row = begin % rows, last = std::min(rows, row + end - begin);
