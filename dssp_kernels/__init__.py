@@ -8,7 +8,9 @@ from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
 from dssp_kernels.pool_batch_norm.op import pool_batch_norm
+from dssp_kernels.separable_conv.group import SeparableConvolution, separable_conv2d_group
 from dssp_kernels.separable_conv.op import separable_conv2d
+from dssp_kernels.separable_conv.step import SeparableStep
 from dssp_kernels.sharing import SharedOutputs
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "FusedMixedEdge",
     "FusedMixedNode",
     "PruningMask",
+    "SeparableConvolution",
+    "SeparableStep",
     "SharedOutputs",
     "batch_norm_mixed_sum",
     "depthwise_conv2d",
@@ -25,5 +29,6 @@ __all__ = [
     "pool_batch_norm",
     "prune_matrix",
     "separable_conv2d",
+    "separable_conv2d_group",
     "set_backend",
 ]

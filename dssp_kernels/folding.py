@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
+from dssp_kernels.depthwise_conv.arguments import has_channels_last
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
-from dssp_kernels.separable_conv.op import separable_conv2d
+from dssp_kernels.separable_conv.step import SeparableStep
 
 Step = Callable[[Tensor], Tensor]
 
@@ -26,11 +27,19 @@ class Parts(NamedTuple):
     body: Sequence[Step]
     norm: nn.BatchNorm2d
 
-    def before_norm(self, x: Tensor) -> Tensor:
-        """What enters the norm."""
-        for step in self.body:
+    def before_norm(self, x: Tensor, begun: Tensor | None = None) -> Tensor:
+        """What enters the norm. begun: what body[0] makes of x, where that has run already."""
+        body = self.body
+        if begun is not None:
+            x, body = begun, body[1:]
+        for step in body:
             x = step(x)
         return x
+
+    def first_separable(self, x: Tensor) -> SeparableStep | None:
+        """body[0], if it is a separable convolution whose kernel runs on x."""
+        first = self.body[0] if self.body else None
+        return first if isinstance(first, SeparableStep) and first.takes(x) else None
 
 
 def parts_of(candidate: nn.Module | None) -> Parts | str:
@@ -43,10 +52,10 @@ def parts_of(candidate: nn.Module | None) -> Parts | str:
     - a module whose forward(x) is that of DARTS' FactorizedReduce, statement for statement;
     - a module whose class defines ``forward`` and, next to it, ``body_and_norm()``, which returns the steps of forward
       before its BatchNorm2d, and that BatchNorm2d. Steps are callables x -> x; they and the norm are the candidate's
-      children, children of these, or methods of it.
+      children, children of these, methods of it, or SeparableSteps of such children.
 
     In the first two, a depthwise nn.Conv2d, the nn.ReLU before it and the pointwise nn.Conv2d after it become one step,
-    see separable_conv2d() and depthwise_conv2d().
+    see SeparableStep and depthwise_conv2d().
 
     Nobody may be watching either: with a hook on the norm or on a module that is taken apart, and with hooks on all
     modules, the candidate runs as it is.
@@ -189,7 +198,7 @@ def _steps(modules: Sequence[nn.Module]) -> list[Step]:
         if not _is_depthwise(module):
             steps.append(module)
         elif following is not None and _is_pointwise(following):
-            steps.append(functools.partial(_separable, relu, module, following))
+            steps.append(SeparableStep(module, following, relu is not None, channels_last_only=True))
             left.pop(0)
         else:
             steps.append(functools.partial(_depthwise, relu, module))
@@ -223,25 +232,11 @@ def _is_pointwise(module: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def _has_channels_last(x: Tensor) -> bool:
-    """What our kernels are made for."""
-    return x.dim() == 4 and x.stride(1) == 1
-
-
 def _depthwise(relu: nn.Module | None, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    if _has_channels_last(x):
-        return depthwise_conv2d(x, conv.weight, **_geometry(relu, conv))
+    if has_channels_last(x):
+        geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        return depthwise_conv2d(x, conv.weight, relu=relu is not None, **geometry)
     return conv(x if relu is None else relu(x))
-
-
-def _separable(relu: nn.Module | None, depthwise: nn.Conv2d, pointwise: nn.Conv2d, x: Tensor) -> Tensor:
-    if _has_channels_last(x):
-        return separable_conv2d(x, depthwise.weight, pointwise.weight, **_geometry(relu, depthwise))
-    return pointwise(depthwise(x if relu is None else relu(x)))
-
-
-def _geometry(relu: nn.Module | None, conv: nn.Conv2d) -> dict[str, Any]:
-    return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "relu": relu is not None}
 
 
 def _both_halves(relu: nn.Module, conv_1: nn.Module, conv_2: nn.Module, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dssp_kernels.backend import implementation_for, transforms_are_active
 from dssp_kernels.batch_norm_mixed_sum.op import batch_norm_mixed_sum
 from dssp_kernels.folding import Parts, describe, norms_shared, parts_of
 from dssp_kernels.mixed_sum.op import mixed_sum
+from dssp_kernels.separable_conv.group import separable_conv2d_group
 from dssp_kernels.sharing import SharedOutputs
 
 Candidates = tuple[list[Tensor | None], list[nn.BatchNorm2d | None]]
@@ -30,12 +31,17 @@ def run_candidates(
 ) -> Candidates:
     """What the candidates make of x, and the norms left to the mix; see FusedMixedEdge.candidate_outputs()."""
     folds = implementation_for(x.device) != "reference"
+    ops = list(ops) if runs is None else [op if run else None for op, run in zip(ops, runs, strict=True)]
+    apart = ["" if is_shared else parts_of(op) for op, is_shared in zip(ops, norm_is_shared, strict=True)]
+    folded = {
+        k: parts
+        for k, parts in enumerate(apart)
+        if folds and isinstance(parts, Parts) and parts.norm.training == training
+    }
+    begun = _run_first_separable(folded, x)
     outputs: list[Tensor | None] = []
     norms: list[nn.BatchNorm2d | None] = []
-    for k, (op, is_shared) in enumerate(zip(ops, norm_is_shared, strict=True)):
-        if runs is not None and not runs[k]:
-            op = None
-        parts = "" if is_shared else parts_of(op)
+    for k, (op, is_shared, parts) in enumerate(zip(ops, norm_is_shared, apart, strict=True)):
         found = None if shared is None or is_shared else shared.of(op, x, parts)
         if found is not None:
             output, norm = found
@@ -43,13 +49,25 @@ def run_candidates(
                 output, norm = norm(output), None
             outputs.append(output)
             norms.append(norm)
-        elif folds and isinstance(parts, Parts) and parts.norm.training == training:
-            outputs.append(parts.before_norm(x))
-            norms.append(parts.norm)
+        elif k in folded:
+            outputs.append(folded[k].before_norm(x, begun.get(k)))
+            norms.append(folded[k].norm)
         else:
             outputs.append(None if op is None else op(x))
             norms.append(None)
     return outputs, norms
+
+
+def _run_first_separable(bodies: dict[int, Parts], x: Tensor) -> dict[int, Tensor]:
+    """What x is after their first step for the bodies that start with a separable convolution: all in one operation.
+
+    Nothing for a single one.
+    """
+    steps = {k: parts.first_separable(x) for k, parts in bodies.items()}
+    convolutions = {k: step.convolution() for k, step in steps.items() if step is not None}
+    if len(convolutions) < 2:
+        return {}
+    return dict(zip(convolutions, separable_conv2d_group(x, list(convolutions.values())), strict=True))
 
 
 def mix(candidates: Candidates, training: bool, alpha: Tensor, mask: Tensor | None, relaxation: str) -> Tensor:

@@ -102,9 +102,14 @@ MUTATIONS = [
         ("separable-cpu-pointwise", "sums[i][v] += value * g[v]", "sums[i][v] -= value * g[v]"),
         (
             "separable-cpu-last-row",
-            "pointwise_partial.data() + part * pointwise_size, first, last)",
-            "pointwise_partial.data() + part * pointwise_size, first, last - 1)",
+            "all.pointwise_partial.data() + part * all.pointwise_size, first, last)",
+            "all.pointwise_partial.data() + part * all.pointwise_size, first, last - 1)",
         ),
+    ),
+    *of_formulas(
+        "dssp_kernels/separable_conv/cpu.cpp",
+        "kernels/test_separable_conv_group.py",
+        ("separable-cpu-group-adds", "input_gradient, !sweeps.empty())", "input_gradient, false)"),
     ),
     *of_formulas(
         "dssp_kernels/pool_batch_norm/cpu_windows.h",
@@ -175,6 +180,11 @@ MUTATIONS = [
         "dssp_kernels/separable_conv/reference.py",
         "kernels/test_separable_conv.py",
         ("separable-reference-relu", "dilation, relu), p", "dilation, False), p"),
+    ),
+    *of_formulas(
+        "dssp_kernels/separable_conv/group.py",
+        "kernels/test_separable_conv_group.py",
+        ("separable-group-unused", "need and grad is not None for need", "need for need"),
     ),
     # ---- the search
     *of_formulas(

@@ -20,6 +20,7 @@ TESTS = (
     "test_depthwise_conv.py",
     "test_separable_conv.py",
     "test_pool_batch_norm.py",
+    "test_separable_conv_group.py",
     "test_properties.py",
     "test_memory_safety.py",
     "test_streamed_results.py",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dssp.spaces.relu_diagonals import relu_diagonals
-from dssp_kernels import DepthwiseConv2d, separable_conv2d
+from dssp_kernels import DepthwiseConv2d, SeparableStep
 
 BodyAndNorm = tuple[Sequence[Callable[[Tensor], Tensor]], nn.Module]
 """What an operation does before its last BatchNorm2d, and that: what dssp_kernels.folding asks for."""
@@ -38,19 +38,9 @@ def _members(sequence: nn.Sequential) -> list[nn.Module]:
     return list(sequence._modules.values())
 
 
-def _separable(convolutions: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """pointwise(depthwise(x)) in one kernel."""
-    depthwise, pointwise = convolutions
+def _separable(depthwise: nn.Module, pointwise: nn.Module) -> SeparableStep:
     assert isinstance(depthwise, DepthwiseConv2d) and isinstance(pointwise, nn.Conv2d)
-    return separable_conv2d(
-        x,
-        depthwise.weight,
-        pointwise.weight,
-        stride=depthwise.stride,
-        padding=depthwise.padding,  # type: ignore[arg-type]  # a DepthwiseConv2d has numbers here, never a word
-        dilation=depthwise.dilation,
-        relu=depthwise.relu,
-    )
+    return SeparableStep(depthwise, pointwise, depthwise.relu)
 
 
 class DilConv(nn.Module):
@@ -68,13 +58,12 @@ class DilConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op[3](self._convolutions(x))
+        _, depthwise, pointwise, norm = _members(self.op)
+        return norm(_separable(depthwise, pointwise)(x))
 
     def body_and_norm(self) -> BodyAndNorm:
-        return [self._convolutions], _members(self.op)[3]
-
-    def _convolutions(self, x: Tensor) -> Tensor:
-        return _separable(_members(self.op)[1:3], x)
+        _, depthwise, pointwise, norm = _members(self.op)
+        return [_separable(depthwise, pointwise)], norm
 
 
 class SepConv(nn.Module):
@@ -94,17 +83,12 @@ class SepConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op[7](self._second(self.op[3](self._first(x))))
+        (first, inner, second), norm = self.body_and_norm()
+        return norm(second(inner(first(x))))
 
     def body_and_norm(self) -> BodyAndNorm:
         members = _members(self.op)
-        return [self._first, members[3], self._second], members[7]
-
-    def _first(self, x: Tensor) -> Tensor:
-        return _separable(_members(self.op)[1:3], x)
-
-    def _second(self, x: Tensor) -> Tensor:
-        return _separable(_members(self.op)[5:7], x)
+        return [_separable(*members[1:3]), members[3], _separable(*members[5:7])], members[7]
 
 
 class Identity(nn.Module):

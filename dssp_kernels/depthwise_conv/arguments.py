@@ -53,6 +53,11 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.stride(1) == 1 and x.stride(3) != 1 else torch.contiguous_format
 
 
+def has_channels_last(x: Tensor) -> bool:
+    """Whether the layout of x is what the kernels are made for."""
+    return x.dim() == 4 and x.stride(1) == 1
+
+
 def autocast(*tensors: Tensor) -> list[Tensor]:
     """The tensors as torch.nn.functional.conv2d would take them under autocast, if that is on."""
     device = tensors[0].device.type

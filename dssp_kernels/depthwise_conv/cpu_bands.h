@@ -112,9 +112,12 @@ struct RowWriter {
     c.results = buffer.data();
     c.result_vector = columns * width;
     c.result_column = width;
+    const int64_t to_next = step * target.column;
+    if (c.adds) {
+      load_row_loop({to, target.channel, to_next, block.channels, c.columns, buffer.data(), c.result_vector}, false, 0);
+    }
     correlate_loop(c);
-    store_row_loop({to, target.channel, step * target.column, block.channels, c.columns, buffer.data(),
-                    columns * width});
+    store_row_loop({to, target.channel, to_next, block.channels, c.columns, buffer.data(), c.result_vector});
   }
 };
 
@@ -151,12 +154,15 @@ RowRing<Scalar> gradient_rows(const Geometry& g, const Images<const Scalar>& gra
 struct Parts {
   int64_t batch, count, images, bands;
 
-  Parts(const Geometry& g, int64_t vectors, int64_t most = kMaxParts) : batch(g.batch), count(0), images(1), bands(1) {
+  Parts(const Geometry& g, int64_t vectors)
+      : Parts(g.batch, g.rows.outputs, g.rows.outputs * g.columns.outputs * g.taps() * vectors, kMaxParts) {}
+
+  // rows: of an image's results; work: multiply-adds of vectors per image.
+  Parts(int64_t batch, int64_t rows, int64_t work, int64_t most) : batch(batch), count(0), images(1), bands(1) {
     if (batch == 0) return;
-    const int64_t work = batch * g.rows.outputs * g.columns.outputs * g.taps() * vectors;
-    const int64_t wanted = std::max<int64_t>(1, std::min({most, kMaxParts, work / kGrain}));
+    const int64_t wanted = std::max<int64_t>(1, std::min({most, kMaxParts, batch * work / kGrain}));
     images = ceil_div(batch, wanted);
-    bands = std::min(ceil_div(wanted, batch), g.rows.outputs);
+    bands = std::min(ceil_div(wanted, batch), rows);
     count = ceil_div(batch, images) * bands;
   }
 
@@ -180,6 +186,7 @@ struct Backward {
   Gradients grad;
   RowRing<Scalar> x;
   RowWriter<Scalar> d_x;
+  bool adds = false;  // to what d_x holds
   TapFinder finder{g.rows.taps};
 
   // The weight gradient takes output rows out_begin..out_end as soon as rows in_begin..in_end of the input gradient
@@ -233,6 +240,7 @@ struct Backward {
     c.weight_vector = g.taps() * width;
     c.rectified_vector = x.vector_size();
     c.rectified_column = g.columns.stride * width;
+    c.adds = adds;
     return c;
   }
 

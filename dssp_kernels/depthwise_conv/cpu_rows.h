@@ -176,7 +176,8 @@ struct TapRows {
   int64_t count;
 };
 
-// One row of results from rows of sources: results[j] = sum over taps of weight * source[j * stride + ...]
+// One row of results from rows of sources: results[j] = sum over taps of weight * source[j * stride + ...], added to
+// what is there if `adds`.
 template <typename S>
 struct Correlation {
   const S *source, *weights;
@@ -187,6 +188,7 @@ struct Correlation {
   S* results;
   // distances between vectors, and between columns
   int64_t source_vector, weight_vector, rectified_vector, result_vector, rectified_column, result_column;
+  bool adds;
 };
 
 // kColumns results side by side, so that every weight is loaded once for all of them. kTaps, kStride: 0 = any.
@@ -223,6 +225,10 @@ DSSP_INLINE void correlate_columns(const Correlation<S>& c, int64_t vector, int6
     }
   }
   S* to = c.results + vector * c.result_vector + column * result_step;
+  if (c.adds) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) sums[j] += Lanes<S>::load(to + j * result_step);
+  }
 #pragma GCC unroll 8
   for (int j = 0; j < kColumns; ++j) Lanes<S>::store(to + j * result_step, sums[j]);
 }

@@ -5,11 +5,14 @@
 // its rows again; the gradient for the depthwise convolution reads rows of the output's gradient already taken through
 // the pointwise weights.
 //
+// Convolutions of the same x may run as a group, a single one is a group of one.
+//
 // Registered for the CPU key through the LibTorch stable ABI (torch >= 2.10); op.py has checked the arguments.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <tuple>
 
 #include "../depthwise_conv/cpu_bands.h"
@@ -311,21 +314,49 @@ struct PointwiseGradient {
 
 // ---- the whole tensors -----------------------------------------------------------------------------------------------
 
+// One convolution of a group: all have the same x.
+struct Separable {
+  Geometry g;
+  Tensor depthwise, pointwise;
+  bool relu;
+
+  int64_t outputs() const { return pointwise.size(0); }
+};
+using Group = std::vector<Separable>;
+
+inline int64_t most_rows(const Group& group) {
+  int64_t rows = 0;
+  for (const Separable& convolution : group) rows = std::max(rows, convolution.g.rows.outputs);
+  return rows;
+}
+
+// A thread takes an image's rows through one convolution after the other: x stays in the cache. Where they have not all
+// as many output rows, it takes the same share of each one's.
 template <typename Scalar>
-void separable_forward(const Geometry& g, const Tensor& x, const Tensor& depthwise, const Tensor& pointwise, bool relu,
-                       Tensor& result) {
-  const auto depthwise_weights = packed_weights<Scalar>(g, depthwise);
-  const auto pointwise_weights = packed_pointwise<Scalar>(pointwise, false);
+void separable_forward(const Group& group, const Tensor& x, std::vector<Tensor>& results) {
   const auto input = read_images<Scalar>(x);
-  const auto y = write_images<Scalar>(result);
-  const int64_t rows = g.rows.outputs, outputs = pointwise.size(0);
-  const int64_t work = g.columns.outputs * (g.taps() + outputs) * vectors_of<Scalar>(g.channels);
-  torch::stable::parallel_for(0, g.batch * rows, kGrain / work + 1, [&](int64_t begin, int64_t end) {
-    SeparableForward<Scalar> sweep(DepthwiseRows<Scalar>(g, depthwise_weights.data(), input, relu),
-                                   pointwise_weights.data(), y, outputs);
+  const int64_t rows = most_rows(group), batch = x.size(0);
+  std::vector<Buffer<Sum<Scalar>>> depthwise, pointwise;
+  std::vector<Images<Scalar>> y;
+  for (Tensor& result : results) y.push_back(write_images<Scalar>(result));
+  int64_t work = 0;  // per image
+  for (const auto& [g, depthwise_weight, pointwise_weight, relu] : group) {
+    depthwise.push_back(packed_weights<Scalar>(g, depthwise_weight));
+    pointwise.push_back(packed_pointwise<Scalar>(pointwise_weight, false));
+    work += g.rows.outputs * g.columns.outputs * (g.taps() + pointwise_weight.size(0)) * vectors_of<Scalar>(g.channels);
+  }
+  torch::stable::parallel_for(0, batch * rows, kGrain * rows / work + 1, [&](int64_t begin, int64_t end) {
+    std::vector<SeparableForward<Scalar>> sweeps;
+    for (size_t k = 0; k < group.size(); ++k) {
+      sweeps.emplace_back(DepthwiseRows<Scalar>(group[k].g, depthwise[k].data(), input, group[k].relu),
+                          pointwise[k].data(), y[k], group[k].outputs());
+    }
     while (begin < end) {
       const int64_t image = begin / rows, row = begin % rows, last = std::min(rows, row + end - begin);
-      sweep.band(image, row, last);
+      for (auto& sweep : sweeps) {
+        const int64_t outputs = sweep.depthwise.g.rows.outputs;
+        sweep.band(image, outputs * row / rows, outputs * last / rows);
+      }
       begin += last - row;
     }
   });
@@ -352,74 +383,186 @@ void write_pointwise_gradient(const Buffer<Sum<Scalar>>& partial, int64_t parts,
 
 constexpr int64_t kPartialSums = 64 * 1024;  // of the pointwise weights' gradient, over all parts of the batch
 
+// The gradients wanted of one convolution, given that of its output; null: not wanted.
+struct Wanted {
+  const Separable& convolution;
+  const Tensor& grad;
+  Tensor *d_depthwise, *d_pointwise;
+};
+
+// Its packed weights, and the partial sums of their gradients: [part][...], as many sums per part as the size says.
 template <typename Scalar>
-void separable_backward(const Geometry& g, const Tensor& grad, const Tensor& x, const Tensor& depthwise,
-                        const Tensor& pointwise, bool relu, Tensor* d_x, Tensor* d_depthwise, Tensor* d_pointwise) {
+struct SeparableGradients {
+  static constexpr int64_t width = Lanes<Scalar>::width;
+  const Geometry& g;
+  Images<const Scalar> x, grad;
+  int64_t outputs, vectors, size, pointwise_size;
+  bool relu;
+  Buffer<Sum<Scalar>> depthwise, pointwise, partial, pointwise_partial;
+
+  SeparableGradients(const Wanted& wanted, const Images<const Scalar>& x, int64_t parts)
+      : g(wanted.convolution.g), x(x), grad(read_images<Scalar>(wanted.grad)), outputs(wanted.convolution.outputs()),
+        vectors(vectors_of<Scalar>(g.channels)), size(vectors * width * g.taps()),
+        pointwise_size(vectors_of<Scalar>(outputs) * width * vectors * width), relu(wanted.convolution.relu),
+        depthwise(packed_weights<Scalar>(g, wanted.convolution.depthwise)),
+        pointwise(packed_pointwise<Scalar>(wanted.convolution.pointwise, true)),
+        partial(wanted.d_depthwise ? parts * size : 0),
+        pointwise_partial(wanted.d_pointwise ? parts * pointwise_size : 0) {}
+
+  void write(const Wanted& wanted, int64_t parts) const {
+    if (wanted.d_depthwise) write_weight_gradient<Scalar>(g, partial, parts, *wanted.d_depthwise);
+    if (wanted.d_pointwise) write_pointwise_gradient<Scalar>(pointwise_partial, parts, *wanted.d_pointwise);
+  }
+};
+
+// One thread's share of these.
+template <typename Scalar>
+struct SeparableBackward {
+  SeparableGradients<Scalar>& all;
+  PointwiseGradient<Scalar> to_pointwise;
+  Backward<Scalar, GradientRows<Scalar>> sweep;
+
+  // d_x: where the gradient of x goes, if anywhere; adds: to what is there
+  SeparableBackward(SeparableGradients<Scalar>& all, const Images<Scalar>& d_x, bool adds)
+      : all(all),
+        to_pointwise{DepthwiseRows<Scalar>(all.g, all.depthwise.data(), all.x, all.relu),
+                     output_rows<Scalar>(all.g, all.grad, all.outputs), all.outputs},
+        sweep{all.g, all.depthwise.data(),
+              GradientRows<Scalar>(all.g, all.pointwise.data(), all.grad, all.outputs),
+              input_rows<Scalar>(all.g, all.x, all.vectors, all.relu),
+              RowWriter<Scalar>(d_x, all.g.columns.inputs, all.vectors), adds} {}
+
+  void part_of_image(const Parts& parts, int64_t part, int64_t image) {
+    if (!all.pointwise_partial.empty()) {
+      const auto [first, last] = parts.rows(part, all.g.rows.outputs);
+      to_pointwise.band(image, all.pointwise_partial.data() + part * all.pointwise_size, first, last);
+    }
+    if (sweep.d_x.target.data || !all.partial.empty()) {
+      sweep.part_of_image(parts, part, image, all_channels<Scalar>(all.g.channels),
+                          all.partial.empty() ? nullptr : all.partial.data() + part * all.size);
+    }
+  }
+};
+
+// The parts of the batch are the same for all convolutions, so that one thread writes and adds up the rows of d_x that
+// belong to a part while these are in its cache, in the order of the convolutions.
+template <typename Scalar>
+void separable_backward(const std::vector<Wanted>& wanted, const Tensor& x, Tensor* d_x) {
   constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t outputs = pointwise.size(0);
-  const int64_t vectors = vectors_of<Scalar>(g.channels), output_vectors = vectors_of<Scalar>(outputs);
-  const int64_t size = vectors * width * g.taps(), pointwise_size = output_vectors * width * vectors * width;
-  const Parts parts(g, vectors, std::max<int64_t>(8, kPartialSums / pointwise_size));
-  const auto depthwise_weights = packed_weights<Scalar>(g, depthwise);
-  const auto pointwise_weights = packed_pointwise<Scalar>(pointwise, true);
+  const int64_t vectors = vectors_of<Scalar>(x.size(1));
+  int64_t rows = 0, work = 0, outputs = 1;
+  for (const auto& [convolution, grad, d_depthwise, d_pointwise] : wanted) {
+    const Geometry& g = convolution.g;
+    rows = std::max(rows, g.rows.outputs);
+    work += g.rows.outputs * g.columns.outputs * g.taps() * vectors;
+    outputs = std::max(outputs, vectors_of<Scalar>(convolution.outputs()) * width);
+  }
+  const Parts parts(x.size(0), rows, work, std::max<int64_t>(8, kPartialSums / (outputs * vectors * width)));
   const auto input = read_images<Scalar>(x);
-  const auto output_gradient = read_images<Scalar>(grad);
   const auto input_gradient = d_x ? write_images<Scalar>(*d_x) : Images<Scalar>{};
-  Buffer<Sum<Scalar>> partial(d_depthwise ? parts.count * size : 0);
-  Buffer<Sum<Scalar>> pointwise_partial(d_pointwise ? parts.count * pointwise_size : 0);
+  std::vector<SeparableGradients<Scalar>> gradients;
+  for (const Wanted& one : wanted) gradients.emplace_back(one, input, parts.count);
   torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
-    PointwiseGradient<Scalar> to_pointwise = {DepthwiseRows<Scalar>(g, depthwise_weights.data(), input, relu),
-                                              output_rows<Scalar>(g, output_gradient, outputs), outputs};
-    Backward<Scalar, GradientRows<Scalar>> sweep = {
-        g, depthwise_weights.data(),
-        GradientRows<Scalar>(g, pointwise_weights.data(), output_gradient, outputs),
-        input_rows<Scalar>(g, input, vectors, relu), RowWriter<Scalar>(input_gradient, g.columns.inputs, vectors)};
+    std::vector<SeparableBackward<Scalar>> sweeps;
+    for (auto& all : gradients) sweeps.emplace_back(all, input_gradient, !sweeps.empty());
     for (int64_t part = begin; part < end; ++part) {
-      const auto [first, last] = parts.rows(part, g.rows.outputs);
       for (int64_t image = parts.first_image(part); image < parts.first_image(part + parts.bands); ++image) {
-        if (d_pointwise) to_pointwise.band(image, pointwise_partial.data() + part * pointwise_size, first, last);
-        if (d_x || d_depthwise) {
-          sweep.part_of_image(parts, part, image, all_channels<Scalar>(g.channels),
-                              d_depthwise ? partial.data() + part * size : nullptr);
-        }
+        for (auto& sweep : sweeps) sweep.part_of_image(parts, part, image);
       }
     }
   });
-  if (d_depthwise) write_weight_gradient<Scalar>(g, partial, parts.count, *d_depthwise);
-  if (d_pointwise) write_pointwise_gradient<Scalar>(pointwise_partial, parts.count, *d_pointwise);
+  for (size_t k = 0; k < wanted.size(); ++k) gradients[k].write(wanted[k], parts.count);
 }
 
 // ---- the registered operators ----------------------------------------------------------------------------------------
 
+// strides, paddings, dilations: two each per convolution
+Group group_of(const Tensor& x, const std::vector<Tensor>& depthwise, const std::vector<Tensor>& pointwise,
+               const Pair& strides, const Pair& paddings, const Pair& dilations, const std::vector<bool>& relu) {
+  Group group;
+  for (size_t k = 0; k < depthwise.size(); ++k) {
+    const auto pair = [k](const Pair& values) { return Pair{values[2 * k], values[2 * k + 1]}; };
+    const Geometry g = geometry_of(x, depthwise[k], pair(strides), pair(paddings), pair(dilations));
+    group.push_back({g, depthwise[k], pointwise[k], relu[k]});
+  }
+  return group;
+}
+
+std::vector<Tensor> forward(const Tensor& x, const Group& group) {
+  std::vector<Tensor> results;
+  for (const Separable& convolution : group) {
+    const Geometry& g = convolution.g;
+    results.push_back(empty_images(x, convolution.outputs(), g.rows.outputs, g.columns.outputs));
+  }
+  with_storage(x.scalar_type(), [&](auto scalar) { separable_forward<decltype(scalar)>(group, x, results); });
+  return results;
+}
+
+struct Gradients {
+  Tensor x;
+  std::vector<Tensor> depthwise, pointwise;  // those needed
+};
+
+Gradients backward(const std::vector<std::optional<Tensor>>& grads, const Tensor& x, const Group& group,
+                   bool needs_input_grad, const std::vector<bool>& needs_depthwise_grad,
+                   const std::vector<bool>& needs_pointwise_grad) {
+  const int32_t dtype = dtype_of(x);
+  const int64_t channels = x.size(1);
+  Gradients found = {needs_input_grad ? empty_images(x, channels, x.size(2), x.size(3)) : no_elements(x), {}, {}};
+  found.depthwise.reserve(group.size());  // pointers into them must stay
+  found.pointwise.reserve(group.size());
+  std::vector<Wanted> wanted;
+  for (size_t k = 0; k < group.size(); ++k) {
+    const Geometry& g = group[k].g;
+    if (needs_depthwise_grad[k]) {
+      found.depthwise.push_back(empty_strided({channels, 1, g.rows.taps, g.columns.taps},
+                                              {g.taps(), g.taps(), g.columns.taps, 1}, dtype));
+    }
+    if (needs_pointwise_grad[k]) {
+      found.pointwise.push_back(empty_strided({group[k].outputs(), channels, 1, 1}, {channels, 1, 1, 1}, dtype));
+    }
+    const bool needs_weight_grad = needs_depthwise_grad[k] || needs_pointwise_grad[k];
+    STD_TORCH_CHECK(grads[k] || !needs_weight_grad, "grads: expected one for every convolution that needs a gradient");
+    if (!grads[k] || !(needs_input_grad || needs_weight_grad)) continue;
+    wanted.push_back({group[k], *grads[k], needs_depthwise_grad[k] ? &found.depthwise.back() : nullptr,
+                      needs_pointwise_grad[k] ? &found.pointwise.back() : nullptr});
+  }
+  STD_TORCH_CHECK(!wanted.empty() || !needs_input_grad, "grads: expected at least one, got none");
+  with_storage(x.scalar_type(), [&](auto scalar) {
+    separable_backward<decltype(scalar)>(wanted, x, needs_input_grad ? &found.x : nullptr);
+  });
+  return found;
+}
+
 Tensor separable_conv2d_forward(Tensor x, Tensor depthwise, Tensor pointwise, Pair stride, Pair padding, Pair dilation,
                                 bool relu) {
-  const Geometry g = geometry_of(x, depthwise, stride, padding, dilation);
-  Tensor y = empty_images(x, pointwise.size(0), g.rows.outputs, g.columns.outputs);
-  with_storage(x.scalar_type(), [&](auto scalar) {
-    separable_forward<decltype(scalar)>(g, x, depthwise, pointwise, relu, y);
-  });
-  return y;
+  return forward(x, group_of(x, {depthwise}, {pointwise}, stride, padding, dilation, {relu}))[0];
 }
 
 std::tuple<Tensor, Tensor, Tensor> separable_conv2d_backward(Tensor grad, Tensor x, Tensor depthwise, Tensor pointwise,
                                                              Pair stride, Pair padding, Pair dilation, bool relu,
                                                              bool needs_input_grad, bool needs_depthwise_grad,
                                                              bool needs_pointwise_grad) {
-  const Geometry g = geometry_of(x, depthwise, stride, padding, dilation);
-  const int64_t taps = g.taps(), outputs = pointwise.size(0);
-  const int32_t dtype = dtype_of(x);
-  Tensor d_x = needs_input_grad ? empty_images(x, g.channels, g.rows.inputs, g.columns.inputs) : no_elements(x);
-  Tensor d_depthwise = needs_depthwise_grad ? empty_strided({g.channels, 1, g.rows.taps, g.columns.taps},
-                                                            {taps, taps, g.columns.taps, 1}, dtype)
-                                            : no_elements(x);
-  Tensor d_pointwise = needs_pointwise_grad ? empty_strided({outputs, g.channels, 1, 1}, {g.channels, 1, 1, 1}, dtype)
-                                            : no_elements(x);
-  with_storage(x.scalar_type(), [&](auto scalar) {
-    separable_backward<decltype(scalar)>(g, grad, x, depthwise, pointwise, relu, needs_input_grad ? &d_x : nullptr,
-                                         needs_depthwise_grad ? &d_depthwise : nullptr,
-                                         needs_pointwise_grad ? &d_pointwise : nullptr);
-  });
-  return {d_x, d_depthwise, d_pointwise};
+  const Group group = group_of(x, {depthwise}, {pointwise}, stride, padding, dilation, {relu});
+  const Gradients found =
+      backward({grad}, x, group, needs_input_grad, {needs_depthwise_grad}, {needs_pointwise_grad});
+  return {found.x, needs_depthwise_grad ? found.depthwise[0] : no_elements(x),
+          needs_pointwise_grad ? found.pointwise[0] : no_elements(x)};
+}
+
+std::vector<Tensor> separable_conv2d_group_forward(Tensor x, std::vector<Tensor> depthwise,
+                                                   std::vector<Tensor> pointwise, Pair strides, Pair paddings,
+                                                   Pair dilations, std::vector<bool> relu) {
+  return forward(x, group_of(x, depthwise, pointwise, strides, paddings, dilations, relu));
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> separable_conv2d_group_backward(
+    std::vector<std::optional<Tensor>> grads, Tensor x, std::vector<Tensor> depthwise, std::vector<Tensor> pointwise,
+    Pair strides, Pair paddings, Pair dilations, std::vector<bool> relu, bool needs_input_grad,
+    std::vector<bool> needs_depthwise_grad, std::vector<bool> needs_pointwise_grad) {
+  const Group group = group_of(x, depthwise, pointwise, strides, paddings, dilations, relu);
+  Gradients found = backward(grads, x, group, needs_input_grad, needs_depthwise_grad, needs_pointwise_grad);
+  return {found.x, found.depthwise, found.pointwise};
 }
 
 }  // namespace
@@ -428,4 +571,6 @@ std::tuple<Tensor, Tensor, Tensor> separable_conv2d_backward(Tensor grad, Tensor
 STABLE_TORCH_LIBRARY_IMPL(dssp_kernels, CPU, library) {
   library.impl("separable_conv2d_forward", TORCH_BOX(&dssp::separable_conv2d_forward));
   library.impl("separable_conv2d_backward", TORCH_BOX(&dssp::separable_conv2d_backward));
+  library.impl("separable_conv2d_group_forward", TORCH_BOX(&dssp::separable_conv2d_group_forward));
+  library.impl("separable_conv2d_group_backward", TORCH_BOX(&dssp::separable_conv2d_group_backward));
 }

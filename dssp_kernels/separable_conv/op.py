@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dssp_kernels.backend import WHY_NO_CPU_KERNELS, backward_is_transformed, implementation_for
-from dssp_kernels.depthwise_conv.arguments import autocast, checked_convolution, layout_of, output_size
+from dssp_kernels.depthwise_conv.arguments import Pair, autocast, checked_convolution, layout_of, output_size
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.separable_conv.reference import separable_conv2d_reference
 
@@ -52,19 +52,25 @@ def separable_conv2d(
         TypeError, ValueError: naming the argument, what came and what was expected.
         RuntimeError: the backend asked for with set_backend() cannot run on this device.
     """
-    strides, paddings, dilations = checked_convolution(x, depthwise, stride, padding, dilation)
-    _check_pointwise(x, pointwise)
+    strides, paddings, dilations = checked_separable(x, depthwise, pointwise, stride, padding, dilation)
     x, depthwise, pointwise = autocast(x, depthwise, pointwise)
-    for name, weight in (("depthwise", depthwise), ("pointwise", pointwise)):
-        if weight.dtype != x.dtype:
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {weight.dtype}")
+    check_dtypes(x, depthwise, pointwise)
     if x.device.type == "meta" or implementation_for(x.device) != "cpu":
         y = depthwise_conv2d(x, depthwise, stride=strides, padding=paddings, dilation=dilations, relu=relu)
         return F.conv2d(y, pointwise)
     return _SeparableConv2d.apply(x, depthwise, pointwise, strides, paddings, dilations, relu)
 
 
-def _check_pointwise(x: Tensor, pointwise: Tensor) -> None:
+def checked_separable(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[Pair, Pair, Pair]:
+    """stride, padding and dilation as pairs; TypeError or ValueError for arguments of another kind or shape."""
+    pairs = checked_convolution(x, depthwise, stride, padding, dilation)
     if not isinstance(pointwise, Tensor):
         raise TypeError(f"pointwise: expected a tensor, got {type(pointwise).__name__}")
     if pointwise.dim() != 4 or pointwise.shape[0] == 0 or tuple(pointwise.shape[1:]) != (x.shape[1], 1, 1):
@@ -75,6 +81,14 @@ def _check_pointwise(x: Tensor, pointwise: Tensor) -> None:
         raise ValueError(
             f"pointwise: expected a dense tensor on x's device {x.device}, got {pointwise.layout} on {pointwise.device}"
         )
+    return pairs
+
+
+def check_dtypes(x: Tensor, depthwise: Tensor, pointwise: Tensor) -> None:
+    """TypeError for weights that are not of x's dtype. Autocast comes first."""
+    for name, weight in (("depthwise", depthwise), ("pointwise", pointwise)):
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {weight.dtype}")
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -138,7 +152,7 @@ _library.define(
 
 
 @torch.library.register_fake("dssp_kernels::separable_conv2d_forward", lib=_library)
-def _forward_fake(
+def empty_result(
     x: Tensor,
     depthwise: Tensor,
     pointwise: Tensor,
@@ -147,6 +161,7 @@ def _forward_fake(
     dilation: Sequence[int],
     relu: bool,
 ) -> Tensor:
+    """A tensor of the shape, dtype and layout that the convolution gives."""
     size = [output_size(x.shape[2 + d], depthwise.shape[2 + d], stride[d], padding[d], dilation[d]) for d in (0, 1)]
     shape = (x.shape[0], pointwise.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
@@ -190,7 +205,7 @@ for _key in ("CUDA",) if WHY_NO_CPU_KERNELS is None else ("CPU", "CUDA"):
     _library.impl("separable_conv2d_backward", _reference_backward, _key)
 
 
-def _multiply_adds(x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *geometry: Any) -> tuple[int, int]:
+def multiply_adds(x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *geometry: Any) -> tuple[int, int]:
     """Of the depthwise and of the pointwise convolution."""
     stride, padding, dilation = geometry
     rows, columns = (
@@ -203,7 +218,7 @@ def _multiply_adds(x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *ge
 @register_flop_formula(torch.ops.dssp_kernels.separable_conv2d_forward)
 def _forward_flops(x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *arguments: Any, **_keywords: Any) -> int:
     """A multiplication and an addition per output element and tap of both, as torch counts convolutions."""
-    return 2 * sum(_multiply_adds(x_shape, depthwise_shape, pointwise_shape, *arguments[:3]))
+    return 2 * sum(multiply_adds(x_shape, depthwise_shape, pointwise_shape, *arguments[:3]))
 
 
 @register_flop_formula(torch.ops.dssp_kernels.separable_conv2d_backward)
@@ -211,7 +226,12 @@ def _backward_flops(
     _grad_shape: Any, x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *arguments: Any, **_keywords: Any
 ) -> int:
     """What two convolutions would take for each gradient asked for; rows computed again are not counted."""
-    needs_input, needs_depthwise, needs_pointwise = arguments[4:7]
-    depthwise, pointwise = _multiply_adds(x_shape, depthwise_shape, pointwise_shape, *arguments[:3])
+    return backward_flops(*multiply_adds(x_shape, depthwise_shape, pointwise_shape, *arguments[:3]), *arguments[4:7])
+
+
+def backward_flops(
+    depthwise: int, pointwise: int, needs_input: bool, needs_depthwise: bool, needs_pointwise: bool
+) -> int:
+    """From the multiply-adds of the depthwise and of the pointwise convolution."""
     through_pointwise = needs_input or needs_depthwise
     return 2 * (depthwise * (needs_input + needs_depthwise) + pointwise * (through_pointwise + needs_pointwise))

@@ -16,10 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from dssp_kernels import (
     FusedMixedEdge,
     FusedMixedNode,
+    SeparableConvolution,
     batch_norm_mixed_sum,
     depthwise_conv2d,
     mixed_sum,
     separable_conv2d,
+    separable_conv2d_group,
 )
 from dssp_kernels.backend import WHY_NO_CPU_KERNELS
 
@@ -269,10 +271,14 @@ def operator(name: str, layout: torch.memory_format) -> tuple[Callable[..., Tens
         ),
         "depthwise_conv2d": (lambda *t: depthwise_conv2d(*t, padding=1, relu=True), [x[0], depthwise]),
         "separable_conv2d": (lambda *t: separable_conv2d(*t, padding=1, relu=True), [x[0], depthwise, pointwise]),
+        "separable_conv2d_group": (
+            lambda x, *weights: sum(separable_conv2d_group(x, [SeparableConvolution(*weights, 1, 1)] * 2)),
+            [x[0], depthwise, pointwise],
+        ),
     }[name]
 
 
-OPERATORS = ["mixed_sum", "batch_norm_mixed_sum", "depthwise_conv2d", "separable_conv2d"]
+OPERATORS = ["mixed_sum", "batch_norm_mixed_sum", "depthwise_conv2d", "separable_conv2d", "separable_conv2d_group"]
 
 
 def differentiate(compute: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dssp_kernels import (
+    SeparableConvolution,
     batch_norm_mixed_sum,
     depthwise_conv2d,
     get_backend,
     mixed_sum,
     pool_batch_norm,
     separable_conv2d,
+    separable_conv2d_group,
     set_backend,
 )
 from tests.kernels.backends import with_cpu_kernels
@@ -148,6 +150,12 @@ def pools(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Run:
     return run
 
 
+def group_in_one(x: Tensor, depthwise: Tensor, other: Tensor, pointwise: Tensor, **arguments: int) -> Tensor:
+    """The results of two convolutions, of which only the second runs with the arguments."""
+    group = [SeparableConvolution(depthwise, pointwise), SeparableConvolution(other, pointwise, **arguments)]
+    return torch.cat([y.flatten() for y in separable_conv2d_group(x, group)])
+
+
 # Odd sizes: rests shorter than a vector, and bytes left over between the end of a tensor and of its memory.
 SHAPES = {"5x17x5x3": (5, 17, 5, 3), "2x8x9x11": (2, 8, 9, 11), "1x3x61x43": (1, 3, 61, 43)}
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -163,6 +171,9 @@ OPERATORS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], Run]] = {
         separable_conv2d, [(shape[1], 1, 3, 3), (7, shape[1], 1, 1)], shape, dtype, layout
     ),
     "pool_batch_norm": pools,
+    "separable_conv2d_group": lambda shape, dtype, layout: convolution(
+        group_in_one, [(shape[1], 1, 3, 3), (shape[1], 1, 2, 2), (7, shape[1], 1, 1)], shape, dtype, layout
+    ),
 }
 
 

@@ -13,11 +13,13 @@ from torch.func import functional_call, grad, jvp, vmap
 from bench.stock_darts import MixedOp
 from dssp_kernels import (
     FusedMixedEdge,
+    SeparableConvolution,
     batch_norm_mixed_sum,
     depthwise_conv2d,
     fuse_mixed_ops,
     mixed_sum,
     separable_conv2d,
+    separable_conv2d_group,
 )
 
 generator = torch.Generator().manual_seed(0)
@@ -28,6 +30,7 @@ def normal(*shape: int) -> Tensor:
 
 
 ALPHA, DEPTHWISE, POINTWISE = normal(3), normal(4, 1, 3, 3), normal(5, 4, 1, 1)
+GIVEN = SeparableConvolution(normal(4, 1, 3, 3), POINTWISE, padding=1, relu=True)
 NORMS = [nn.BatchNorm2d(4, affine=False).double(), None, nn.BatchNorm2d(4).double()]
 IMAGES = normal(3, 2, 4, 5, 5)  # what is mapped over, then [B, C, H, W]
 OPERATORS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {  # of x and of a parameter
@@ -38,6 +41,10 @@ OPERATORS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {  # o
     ),
     "depthwise_conv2d": (lambda x, weight: depthwise_conv2d(x, weight, padding=1, relu=True), DEPTHWISE),
     "separable_conv2d": (lambda x, weight: separable_conv2d(x, weight, POINTWISE, stride=2, relu=True), DEPTHWISE),
+    "separable_conv2d_group": (
+        lambda x, weight: sum(separable_conv2d_group(x, [GIVEN._replace(depthwise=weight), GIVEN])),
+        DEPTHWISE,
+    ),
 }
 operators = pytest.mark.parametrize(("compute", "parameter"), OPERATORS.values(), ids=OPERATORS)
 LAYOUTS = {
@@ -52,9 +59,17 @@ pytestmark = pytest.mark.usefixtures("backend")
 def edge() -> FusedMixedEdge:
     """DARTS' kinds of candidates, small."""
     torch.manual_seed(0)
-    separable = [nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.Conv2d(4, 4, 1, bias=False)]
+    separable = [
+        nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, padding=dilation, dilation=dilation, groups=4, bias=False),
+            nn.Conv2d(4, 4, 1, bias=False),
+            nn.BatchNorm2d(4),
+        )
+        for dilation in (1, 2)
+    ]
     pool = nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(4, affine=False))
-    return FusedMixedEdge([None, nn.Sequential(*separable, nn.BatchNorm2d(4)), nn.Identity(), pool]).double()
+    return FusedMixedEdge([None, *separable, nn.Identity(), pool]).double()
 
 
 def gradients_by_autograd(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
