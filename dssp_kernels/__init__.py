@@ -11,7 +11,7 @@ from dssp_kernels.pool_batch_norm.op import pool_batch_norm
 from dssp_kernels.separable_conv.group import SeparableConvolution, separable_conv2d_group
 from dssp_kernels.separable_conv.op import separable_conv2d
 from dssp_kernels.separable_conv.step import SeparableStep
-from dssp_kernels.sharing import SharedOutputs
+from dssp_kernels.sharing import SharedOutputs, parameter_free
 
 __all__ = [
     "DepthwiseConv2d",
@@ -26,6 +26,7 @@ __all__ = [
     "fuse_mixed_ops",
     "get_backend",
     "mixed_sum",
+    "parameter_free",
     "pool_batch_norm",
     "prune_matrix",
     "separable_conv2d",

@@ -38,7 +38,7 @@ def run_candidates(
         for k, parts in enumerate(apart)
         if folds and isinstance(parts, Parts) and parts.norm.training == training
     }
-    begun = _run_first_separable(folded, x)
+    begun = _run_first_steps(folded, x, shared)
     outputs: list[Tensor | None] = []
     norms: list[nn.BatchNorm2d | None] = []
     for k, (op, is_shared, parts) in enumerate(zip(ops, norm_is_shared, apart, strict=True)):
@@ -58,16 +58,21 @@ def run_candidates(
     return outputs, norms
 
 
-def _run_first_separable(bodies: dict[int, Parts], x: Tensor) -> dict[int, Tensor]:
-    """What x is after their first step for the bodies that start with a separable convolution: all in one operation.
+def _run_first_steps(bodies: dict[int, Parts], x: Tensor, shared: SharedOutputs | None) -> dict[int, Tensor]:
+    """What x is after the first step of those bodies that need not take it alone.
 
-    Nothing for a single one.
+    Separable convolutions, if there are several, run as one operation; what `shared` holds already is not run again.
     """
     steps = {k: parts.first_separable(x) for k, parts in bodies.items()}
     convolutions = {k: step.convolution() for k, step in steps.items() if step is not None}
-    if len(convolutions) < 2:
-        return {}
-    return dict(zip(convolutions, separable_conv2d_group(x, list(convolutions.values())), strict=True))
+    begun: dict[int, Tensor] = {}
+    if len(convolutions) > 1:
+        begun = dict(zip(convolutions, separable_conv2d_group(x, list(convolutions.values())), strict=True))
+    if shared is not None:
+        for k, parts in bodies.items():
+            if (after := shared.after_first_step(parts, x)) is not None:
+                begun[k] = after
+    return begun
 
 
 def mix(candidates: Candidates, training: bool, alpha: Tensor, mask: Tensor | None, relaxation: str) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, nn
 
-from dssp_kernels.folding import Parts, is_watched, parts_of
+from dssp_kernels.folding import Parts, Step, is_watched, parts_of
 from dssp_kernels.pool_batch_norm.op import pool_batch_norm
 from dssp_kernels.pool_batch_norm.reference import batch_norm_with_statistics
 
@@ -17,13 +17,23 @@ _POOL_SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+def parameter_free(step: Step) -> Step:
+    """Marks a function of a state alone, such as a ReLU and a choice of pixels, as one that edges may share.
+
+    As the first step of several candidates (see dssp_kernels.folding) it then runs once per state, not once per edge.
+    """
+    step.is_parameter_free = True  # type: ignore[attr-defined]  # of a function
+    return step
+
+
 class SharedOutputs:
-    """What pools have made of the states of a cell during one forward pass.
+    """What pools, and ReLUs that candidates start with, have made of the states of a cell during one forward pass.
 
     A pool has no parameters, and neither has the BatchNorm2d(affine=False) that DARTS puts after it: on every edge that
     leaves a state it computes the same tensor from the same batch statistics. Edges given one SharedOutputs compute it
     once. Each edge's norm still updates its own running statistics, as torch.nn.BatchNorm2d does; in eval mode, where
-    these decide, only the pool is shared.
+    these decide, only the pool is shared. Likewise an nn.ReLU, or another step that is parameter_free(), which several
+    candidates start with: their gradients meet after it, and pass through it once.
     """
 
     def __init__(self) -> None:
@@ -49,6 +59,22 @@ class SharedOutputs:
         if norm is not None and norm.training and norm.weight is None and norm.momentum is not None:
             return self._normalised(pool, norm, x), None
         return self._pooled(pool, x), norm
+
+    def after_first_step(self, parts: Parts, x: Tensor) -> Tensor | None:
+        """What a candidate's first step makes of x, if that can be shared."""
+        step = parts.body[0] if parts.body else None
+        kind: Hashable = None
+        if type(step) is nn.ReLU and not step.inplace and not is_watched(step):
+            kind = nn.ReLU
+        elif getattr(step, "is_parameter_free", False):
+            kind = step
+        if step is None or kind is None:
+            return None
+        key = id(x), kind
+        if key not in self._outputs:
+            self._inputs.append(x)
+            self._outputs[key] = step(x)
+        return self._outputs[key]
 
     @staticmethod
     def _key(pool: nn.Module, x: Tensor) -> tuple[Hashable, ...]:

@@ -121,13 +121,13 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self._halves(x))
+        return self.bn(self._halves(relu_diagonals(x)))
 
     def body_and_norm(self) -> BodyAndNorm:
-        return [self._halves], self.bn
+        return [relu_diagonals, self._halves], self.bn
 
-    def _halves(self, x: Tensor) -> Tensor:
-        even, odd = relu_diagonals(x).chunk(2, dim=1)
+    def _halves(self, diagonals: Tensor) -> Tensor:
+        even, odd = diagonals.chunk(2, dim=1)
         return torch.cat([self.conv_1(even), self.conv_2(odd)], dim=1)
 
 

@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from dssp_kernels import parameter_free
 
+
+@parameter_free
 def relu_diagonals(x: Tensor) -> Tensor:
     """The pixels of even row and column and, as further channels, those one off both ways, after a ReLU:
 

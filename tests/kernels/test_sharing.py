@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dssp_kernels import FusedMixedEdge, FusedMixedNode, SharedOutputs
+from dssp_kernels import FusedMixedEdge, FusedMixedNode, SharedOutputs, parameter_free
+from tests.kernels.backends import with_cpu_kernels
 
 
 class CountedMaxPool(nn.MaxPool2d):
@@ -124,3 +125,85 @@ def test_states_that_look_alike_are_not_mixed_up() -> None:
         x = torch.randn(1, 4, 5, 5)
         found = shared.of(pool, x)
         assert found is not None and torch.equal(found[0], pool(x))
+
+
+# ---- first steps -----------------------------------------------------------------------------------------------------
+
+
+class CountedReLU(nn.ReLU):
+    """Of another class than nn.ReLU: it may compute anything."""
+
+
+def starting_with(*first: nn.Module) -> list[FusedMixedNode]:
+    """Two nodes of one edge each, whose candidates start with these modules."""
+
+    def edge() -> FusedMixedEdge:
+        return FusedMixedEdge(
+            nn.Sequential(step, nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)) for step in copy.deepcopy(first)
+        )
+
+    return [FusedMixedNode([edge()]) for _ in range(2)]
+
+
+class ReLUs(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func in (torch.ops.aten.relu.default, torch.ops.aten.clamp_min.default)
+        return func(*args, **(kwargs or {}))
+
+
+def relus_run(nodes: list[FusedMixedNode]) -> int:
+    x, shared = torch.randn(2, 4, 5, 5), SharedOutputs()
+    with ReLUs() as relus:
+        for node in nodes:
+            node([x], shared=shared)
+    return relus.count
+
+
+@with_cpu_kernels
+def test_a_relu_that_candidates_start_with_runs_once_per_state() -> None:
+    assert relus_run(starting_with(nn.ReLU(), nn.ReLU())) == 1
+    assert relus_run(starting_with(nn.ReLU(), CountedReLU())) == 1 + 2
+    watched = starting_with(nn.ReLU(), nn.ReLU())
+    watched[0].edges[0]._ops[0][0].register_forward_hook(lambda *_: None)
+    assert relus_run(watched) == 1 + 1
+
+
+@with_cpu_kernels
+def test_shared_first_steps_give_the_same_outputs_and_gradients() -> None:
+    alone = nn.ModuleList(starting_with(nn.ReLU(), nn.ReLU()))
+    together = copy.deepcopy(alone)
+    states = [torch.randn(3, 4, 5, 6).requires_grad_()]
+    expected, found = run(list(alone), states, share=False), run(list(together), states, share=True)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(together.state_dict(), alone.state_dict())
+
+
+@with_cpu_kernels
+def test_a_function_marked_as_parameter_free_runs_once_per_state() -> None:
+    runs: list[int] = []
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(double(x)))
+
+        def body_and_norm(self) -> tuple[list, nn.Module]:
+            return [double, self.conv], self.bn
+
+    @parameter_free
+    def double(x: Tensor) -> Tensor:
+        runs.append(id(x))
+        return 2 * x
+
+    node, x = FusedMixedNode([FusedMixedEdge([Doubled(), Doubled()])]), torch.randn(2, 4, 5, 5)
+    y = node([x], shared=SharedOutputs())
+    assert len(runs) == 1
+    torch.testing.assert_close(y, node([x]))
+    assert len(runs) == 3
