@@ -27,10 +27,10 @@ from dssp.comparison.plan import ComparePlan, add_counts
 from dssp.comparison.results import NUMBERS, Comparison, Spread, read_comparison, spread
 from dssp.comparison.table import columns
 from dssp.config import SearchConfig, search_parser
-from dssp.files import write_json
 from dssp.options import ConfigError
 from dssp.report.units import DASH
-from dssp.run_folder import open_run_folder
+from dssp.runs.files import write_json
+from dssp.runs.run_folder import open_run_folder
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 For a finished search of a space that has a table, over the paths that were compared at its end (all that are left, or
 --paths of them drawn at random), it prints what the table holds for them, and Spearman's rank correlation with it of
-- the measured loss, that of the additive model, and their mean, which decides (dssp.path_effects), and
+- the measured loss, that of the additive model, and their mean, which decides (dssp.paths.effects), and
 - the number of parameters, the prior of --tie-break capacity;
 and what would be derived by the lowest loss, and by each rule among those that tie with it. The table chooses nothing.
 
@@ -29,7 +29,7 @@ from dssp.data import load_data
 from dssp.methods.dssp import Dssp
 from dssp.paths.effects import additive_model, halfway
 from dssp.paths.scores import Score, score_random, select
-from dssp.run_folder import stored_config
+from dssp.runs.run_folder import stored_config
 from dssp.search import build_supernet
 
 COLUMN = "cifar10_test_200ep"

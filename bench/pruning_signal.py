@@ -2,7 +2,7 @@
 
 For each seed it prints the common shift of the gates (what the penalty and Adam do to all of them alike), their spread
 inside a node, and Spearman's rank correlation with the true loss increase on the test images of
-- the raw gate sigmoid(m), the normalised gate (dssp.pruning), and
+- the raw gate sigmoid(m), the normalised gate (dssp.pruning.edges), and
 - the loss increase measured on the 256 held-out validation images that the strategy `measured` looks at.
 
     python bench/pruning_signal.py --seeds 0 1 2
@@ -25,8 +25,8 @@ from dssp.bilevel import BilevelSearch
 from dssp.config import SearchConfig
 from dssp.data import load_data
 from dssp.engine import Engine
-from dssp.held_out import edge_effects, held_out_losses
-from dssp.pruning import GateTable
+from dssp.pruning.edges import GateTable
+from dssp.pruning.held_out import edge_effects, held_out_losses
 from dssp.search import build_supernet
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dssp.distributed import average_gradients
-from dssp.hypergradient import unrolled_gradients
 from dssp.methods.base import Method, Noise
-from dssp.optimization import logits_of
-from dssp.skipped_steps import reported, step_if_finite, unmoved_statistics
+from dssp.steps.hypergradient import unrolled_gradients
+from dssp.steps.optimization import logits_of
+from dssp.steps.skipped_steps import reported, step_if_finite, unmoved_statistics
 from dssp.supernet import Supernet
 
 
@@ -21,7 +21,7 @@ class Architect:
 
     First-order hypergradient of DARTS (Liu et al. 2019, section 2.3, xi = 0); betas (0.5, 0.999) as there. With the
     `weight_optimizer`, second-order: L_valid is that of the weights after their next step, differentiated exactly or by
-    DARTS' finite difference (see dssp.hypergradient).
+    DARTS' finite difference (see dssp.steps.hypergradient).
     """
 
     def __init__(

@@ -13,20 +13,20 @@ from torch.nn import functional as F
 
 from dssp.architect import Architect
 from dssp.benchmark import Benchmark
-from dssp.budget import Budget
-from dssp.capture import CapturedStep
 from dssp.config import SearchConfig
 from dssp.data import DataSet, Split, keyed_generator
+from dssp.derived.budget import Budget
 from dssp.distributed import check_same, checksum, ranks, share
 from dssp.early_stopping import EarlyStopping, dominant_eigenvalue
 from dssp.genotype import AnyGenotype
-from dssp.held_out import batch_statistics, held_out_logits, held_out_losses
 from dssp.methods import METHODS
 from dssp.methods.base import Noise
-from dssp.optimization import frozen, set_learning_rate, sgd, weight_step
-from dssp.pruning import GateTable
+from dssp.pruning.edges import GateTable
+from dssp.pruning.held_out import batch_statistics, held_out_logits, held_out_losses
 from dssp.search_flops import EXACT, FINITE_DIFFERENCE, Pass, SearchFlops
-from dssp.skipped_steps import GuardedStep
+from dssp.steps.capture import CapturedStep
+from dssp.steps.optimization import frozen, set_learning_rate, sgd, weight_step
+from dssp.steps.skipped_steps import GuardedStep
 from dssp.supernet import Supernet
 
 Batch = tuple[Tensor, Tensor]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dssp.files import write_atomically
+from dssp.runs.files import write_atomically
 
 FORMAT = 4  # of the state inside
 KEEP = 2

@@ -14,15 +14,15 @@ import torch
 from rich.console import Console
 
 from dssp.data import DataUnavailable
-from dssp.determinism import NotDeterministic, deterministic
+from dssp.derived.exporting import ExportFailed
+from dssp.derived.trained import NetworkUnavailable
 from dssp.distributed import RanksApart, is_main, joined, launched_ranks, local_rank, name, ranks
 from dssp.engine import Diverged, Interrupted
-from dssp.exporting import ExportFailed
-from dssp.interruption import RESUME_ME, on_signals
-from dssp.memory import OutOfMemory, memory_named
 from dssp.options import ConfigError
-from dssp.run_folder import RunFolderError
-from dssp.trained import NetworkUnavailable
+from dssp.runs.determinism import NotDeterministic, deterministic
+from dssp.runs.interruption import RESUME_ME, on_signals
+from dssp.runs.memory import OutOfMemory, memory_named
+from dssp.runs.run_folder import RunFolderError
 
 Config = TypeVar("Config")
 

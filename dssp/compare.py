@@ -16,7 +16,7 @@ from dssp.comparison.progress import ComparisonBar
 from dssp.comparison.results import Comparison, read_comparison, write_results
 from dssp.comparison.table import print_table
 from dssp.comparison.time_budget import fit_epochs
-from dssp.run_folder import open_run_folder
+from dssp.runs.run_folder import open_run_folder
 
 
 def run(plan: ComparePlan, console: Console) -> Comparison:

@@ -222,7 +222,7 @@ class SearchConfig(_Config):
     finite_difference: bool = option(
         False,
         "with --unrolled: the second derivative as DARTS approximates it, 3 times as long as the first order, and far "
-        "off where networks are small (see dssp/hypergradient.py)",
+        "off where networks are small (see dssp/steps/hypergradient.py)",
         "search",
     )
     beta_decay: float = option(

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dssp.metrics import RunningMeans
-from dssp.random_state import random_state, set_random_state
-from dssp.skipped_steps import SkippedSteps
+from dssp.runs.random_state import random_state, set_random_state
+from dssp.steps.skipped_steps import SkippedSteps
 
 MAX_SKIPPED_STEPS = 20
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from dssp.command import choose_device, run_command
 from dssp.config import RESIZED, EvaluateConfig, parse_evaluate
 from dssp.data import DataSet, load_data
-from dssp.optimization import evaluate
+from dssp.derived.trained import NAME, TrainedNetwork, load_trained
 from dssp.options import ConfigError
-from dssp.run_folder import stored_config
-from dssp.trained import NAME, TrainedNetwork, load_trained
+from dssp.runs.run_folder import stored_config
+from dssp.steps.optimization import evaluate
 
 
 def run(config: EvaluateConfig, console: Console) -> dict[str, Any]:

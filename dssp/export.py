@@ -9,10 +9,10 @@ from rich.console import Console
 
 from dssp.command import run_command
 from dssp.config import ExportConfig, parse_export
-from dssp.exporting import export_network
-from dssp.files import write_atomically
+from dssp.derived.exporting import export_network
+from dssp.derived.trained import NAME, load_trained
 from dssp.options import ConfigError
-from dssp.trained import NAME, load_trained
+from dssp.runs.files import write_atomically
 
 
 def run(config: ExportConfig, console: Console) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from dssp.arch_genotype import ArchGenotype
 from dssp.chain_genotype import ChainGenotype
-from dssp.files import write_json
+from dssp.runs.files import write_json
 
 Edge = tuple[str, int]
 Cell = tuple[tuple[Edge, ...], ...]

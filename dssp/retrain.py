@@ -17,21 +17,21 @@ from dssp.command import GenotypeUnavailable, choose_device, run_command
 from dssp.config import RetrainConfig, parse_retrain
 from dssp.cost import count_flops, count_parameters
 from dssp.data import DataSet, load_data
+from dssp.derived.retraining import Retraining
+from dssp.derived.trained import NAME, TrainedNetwork, save_trained
 from dssp.distributed import check_same, in_turn, is_main, on_main, ranks, wait_for_all
 from dssp.engine import Callback, Engine
-from dssp.files import write_json
-from dssp.fingerprint import fingerprint
 from dssp.genotype import AnyGenotype, load_with_space
-from dssp.memory import memory_named
 from dssp.network import DerivedNetwork
-from dssp.optimization import evaluate
 from dssp.options import ConfigError
-from dssp.retraining import Retraining
-from dssp.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
+from dssp.runs.files import write_json
+from dssp.runs.fingerprint import fingerprint
+from dssp.runs.memory import memory_named
+from dssp.runs.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
+from dssp.runs.summary import tabulated_line
 from dssp.spaces import CellSpace, get_space
-from dssp.summary import tabulated_line
-from dssp.sync_batch_norm import synchronise_norms
-from dssp.trained import NAME, TrainedNetwork, save_trained
+from dssp.steps.optimization import evaluate
+from dssp.steps.sync_batch_norm import synchronise_norms
 
 
 @dataclass(frozen=True)

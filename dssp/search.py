@@ -18,19 +18,19 @@ from dssp.config import RetrainConfig, SearchConfig, parse_search
 from dssp.data import DataSet, load_data
 from dssp.distributed import check_same, checksum, in_turn, is_main, on_main, ranks
 from dssp.engine import Callback, Engine
-from dssp.files import write_json
-from dssp.fingerprint import fingerprint
 from dssp.genotype import AnyGenotype, load_genotype, save_genotype
-from dssp.memory import memory_named
 from dssp.methods import METHODS
 from dssp.options import ConfigError
 from dssp.report import write_report
 from dssp.retrain import Retrained, retrain
-from dssp.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
+from dssp.runs.files import write_json
+from dssp.runs.fingerprint import fingerprint
+from dssp.runs.memory import memory_named
+from dssp.runs.run_folder import after_restart, check_same_command, finished_summary, open_run_folder
+from dssp.runs.summary import print_summary, step_seconds
 from dssp.spaces import CellSpace, get_space
-from dssp.summary import print_summary, step_seconds
+from dssp.steps.sync_batch_norm import synchronise_norms
 from dssp.supernet import Supernet
-from dssp.sync_batch_norm import synchronise_norms
 
 
 def search_space(config: SearchConfig) -> CellSpace:

@@ -23,7 +23,7 @@ from dssp_kernels import FusedMixedEdge
 
 Pass = Literal["forward", "architecture", "weights", "second order"]
 """What is derived from a forward pass: nothing; the gradient of alpha and masks; of the weights; of alpha, from the
-product of the weights' gradient with a vector (see dssp.hypergradient)."""
+product of the weights' gradient with a vector (see dssp.steps.hypergradient)."""
 
 EXACT: tuple[Pass, ...] = ("weights", "weights", "second order")
 FINITE_DIFFERENCE: tuple[Pass, ...] = ("weights", "weights", "architecture", "architecture")

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from dssp.command import run_command
 from dssp.engine import Interrupted
-from dssp.files import write_atomically
 from dssp.report.run_folder import read_run_folder
 from dssp.report.units import DASH
-from dssp.run_folder import open_run_folder
+from dssp.runs.files import write_atomically
+from dssp.runs.run_folder import open_run_folder
 from dssp.sweeping import SweepPlan, Trial, parse_sweep, run_trial
 
 NUMBERS = ("valid_accuracy", "active_edges", "search_seconds", "test_accuracy", "parameters", "flops")

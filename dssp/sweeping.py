@@ -14,7 +14,7 @@ from typing import Any
 
 from dssp.config import SearchConfig, search_parser
 from dssp.options import ConfigError, flags
-from dssp.run_folder import NOT_COMPARED
+from dssp.runs.run_folder import NOT_COMPARED
 
 SWEPT = ("lambda_prune", "prune_threshold", "edge_budget")
 POLL_SECONDS = 0.5

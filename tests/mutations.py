@@ -193,7 +193,7 @@ MUTATIONS = [
         ("architect-penalty", "loss + self.method.penalty()", "loss"),
     ),
     *of_formulas(
-        "dssp/hypergradient.py",
+        "dssp/steps/hypergradient.py",
         "search/test_hypergradient.py",
         ("hypergradient-sign", "d - rate * product", "d + rate * product"),
         ("hypergradient-exact", "architecture, directions)", "architecture, [-d for d in directions])"),
@@ -202,13 +202,13 @@ MUTATIONS = [
         ("hypergradient-decay", 'alpha=group["weight_decay"]', "alpha=0.0"),
     ),
     *of_formulas(
-        "dssp/pruning.py",
+        "dssp/pruning/edges.py",
         "search/test_pruning.py",
         ("pruning-relative-gate", "gate * len(peers) / sum(peers)", "gate / sum(peers)"),
         ("pruning-threshold", "table.gates[i] < rules", "table.gates[i] > rules"),
     ),
     *of_formulas(
-        "dssp/candidate_pruning.py",
+        "dssp/pruning/candidates.py",
         "search/test_candidate_pruning.py",
         ("candidates-worst-first", "key=lambda candidate: candidate[1]", "key=lambda candidate: -candidate[1]"),
     ),

@@ -8,8 +8,8 @@ from typing import Any
 
 from dssp.distributed import highest
 from dssp.engine import Callback, Engine
-from dssp.interruption import SIGNALS, on_signals
 from dssp.metrics import RunningMeans
+from dssp.runs.interruption import SIGNALS, on_signals
 
 STDERR = 2
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dssp.engine import Callback, Engine
-from dssp.run_folder import keep_rows
+from dssp.runs.run_folder import keep_rows
 
 
 class MetricsLog(Callback):

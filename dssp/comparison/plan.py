@@ -12,7 +12,7 @@ from typing import Any
 from dssp.config import SearchConfig, search_parser
 from dssp.methods import METHODS
 from dssp.options import ConfigError, flags
-from dssp.run_folder import NOT_COMPARED
+from dssp.runs.run_folder import NOT_COMPARED
 
 DESCRIPTION = """\
 Compare search methods under one budget: a search and a retraining per method and seed, each a process of its own. Every

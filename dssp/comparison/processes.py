@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dssp.comparison.plan import PlannedRun
 from dssp.engine import Interrupted
-from dssp.files import write_json
-from dssp.interruption import RESUME_ME, on_signals
+from dssp.runs.files import write_json
+from dssp.runs.interruption import RESUME_ME, on_signals
 
 POLL_SECONDS = 0.2
 RECORD = "processes.json"

@@ -14,9 +14,9 @@ from typing import Any
 
 from dssp.comparison.plan import run_name
 from dssp.comparison.processes import Ended, is_finished, read_record
-from dssp.files import write_atomically, write_json
 from dssp.genotype import text_or_none
 from dssp.report.run_folder import Run, UnreadableRun, read_run_folder
+from dssp.runs.files import write_atomically, write_json
 
 BASELINE = "darts"  # whose search time is 1 where times are compared
 NUMBERS = (

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dssp.budget import Budget
 from dssp.config import SearchConfig
-from dssp.derivation import derive
+from dssp.derived.budget import Budget
+from dssp.derived.derivation import derive
 from dssp.genotype import AnyGenotype
-from dssp.held_out import Losses
-from dssp.optimization import cosine
+from dssp.pruning.held_out import Losses
 from dssp.relaxation import Mixture, softmax_over
+from dssp.steps.optimization import cosine
 from dssp.supernet import SearchEdges, Supernet
 
 Phase = Literal["warm-up", "search", "paths"]

@@ -8,29 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dssp.candidate_pruning import CandidatePruner, CandidateSchedule
 from dssp.config import SearchConfig
 from dssp.genotype import AnyGenotype
-from dssp.held_out import Losses, candidate_effects
 from dssp.methods.base import Noise, Phase
 from dssp.methods.dssp_paper import DsspPaper
-from dssp.optimization import cosine
 from dssp.paths.effects import score_smoothly
 from dssp.paths.training import HardPaths
+from dssp.pruning.candidates import CandidatePruner, CandidateSchedule
+from dssp.pruning.held_out import Losses, candidate_effects
 from dssp.relaxation import Mixture, normalised_gates, softmax_over
+from dssp.steps.optimization import cosine
 from dssp.supernet import Supernet
 
 
 class Dssp(DsspPaper):
     """The paper's masks, made to carry information, and a search that ends in what it was trained for.
 
-    1. Gates are relative: g_e = sigmoid(m_e) / mean over the live edges into the same node (see dssp.pruning for why;
-       where nodes have shortcuts, into the same cell: see CellSpace.gate_groups); with ``raw_gates`` the paper's.
+    1. Gates are relative: g_e = sigmoid(m_e) / mean over the live edges into the same node (see dssp.pruning.edges for
+       why; where nodes have shortcuts, into the same cell: see CellSpace.gate_groups); with ``raw_gates`` the paper's.
     2. Edges leave by ``prune_strategy`` in the first ``epochs - path_epochs`` epochs, then the candidates whose masking
-       costs least (dssp.candidate_pruning).
+       costs least (dssp.pruning.candidates).
     3. Then alpha and masks are frozen, the learning rate starts again, and every step trains one hard path drawn
        uniformly from what is left: as a derived cell runs, and as cheap.
-    4. At the end candidates leave once more, by what they are worth on such paths (dssp.path_effects); the paths that
+    4. At the end candidates leave once more, by what they are worth on such paths (dssp.paths.effects); the paths that
        are left are compared on held-out images, and one is derived (``tie_break``). To go on training these few before
        made their ranks worse on NAS-Bench-201, the longer the worse.
     """

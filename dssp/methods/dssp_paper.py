@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from dssp.config import SearchConfig
-from dssp.held_out import Losses
 from dssp.methods.base import Method
 from dssp.options import ConfigError
-from dssp.pruning import Pruner, PruningRules
+from dssp.pruning.edges import Pruner, PruningRules
+from dssp.pruning.held_out import Losses
 from dssp.supernet import Supernet
 
 SCHEDULED_SHARE = 0.75  # of the epochs after warm-up: the rest trains what is left

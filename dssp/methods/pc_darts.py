@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dssp.config import SearchConfig
-from dssp.held_out import Losses
 from dssp.methods.base import Method
 from dssp.partial_channels import PartialEdges
+from dssp.pruning.held_out import Losses
 from dssp.relaxation import Mixture, softmax_per_node
 from dssp.supernet import SearchEdges, Supernet
 

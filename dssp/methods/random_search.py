@@ -8,10 +8,10 @@ import torch
 
 from dssp.config import SearchConfig
 from dssp.genotype import AnyGenotype
-from dssp.held_out import Losses
 from dssp.methods.base import Method, Noise, Phase
 from dssp.paths.scores import score_random
 from dssp.paths.training import HardPaths
+from dssp.pruning.held_out import Losses
 from dssp.relaxation import Mixture
 from dssp.supernet import Supernet
 

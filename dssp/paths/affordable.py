@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dssp.budget import Budget, Costs, Option, add, node_options, smallest, strongest
+from dssp.derived.budget import Budget, Costs, Option, add, node_options, smallest, strongest
 from dssp.paths.space import Path, PathSpace
 from dssp.supernet import Supernet
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dssp.budget import Budget
 from dssp.config import SearchConfig
+from dssp.derived.budget import Budget
 from dssp.genotype import AnyGenotype
-from dssp.held_out import Losses
 from dssp.options import ConfigError
 from dssp.paths.affordable import AffordablePaths
 from dssp.paths.effects import path_effects
 from dssp.paths.scores import Score, select
 from dssp.paths.space import Path, PathSpace
+from dssp.pruning.held_out import Losses
 from dssp.relaxation import Mixture
 from dssp.supernet import Supernet
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from dssp.files import write_atomically
 from dssp.report.units import DASH
+from dssp.runs.files import write_atomically
 
 
 def environment() -> Environment:

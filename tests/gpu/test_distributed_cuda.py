@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dssp.capture import EAGER_STEPS
-from dssp.sync_batch_norm import synchronise_norms
+from dssp.steps.capture import EAGER_STEPS
+from dssp.steps.sync_batch_norm import synchronise_norms
 from tests.gpu.test_search_cuda import run_steps, search_on_gpu
 
 pytestmark = [

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dssp.bilevel import BilevelSearch
-from dssp.capture import EAGER_STEPS, CapturedStep
 from dssp.config import SearchConfig
 from dssp.data import load_data
 from dssp.search import build_supernet
+from dssp.steps.capture import EAGER_STEPS, CapturedStep
 
 pytestmark = [
     pytest.mark.gpu,

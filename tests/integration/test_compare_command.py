@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dssp import compare
-from dssp.interruption import RESUME_ME
+from dssp.runs.interruption import RESUME_ME
 
 ROOT = Path(__file__).parents[2]
 DATA = ["--dataset", "fake", "--image-size", "8", "--train-images", "48", "--held-out", "8"]

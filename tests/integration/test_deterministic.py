@@ -18,9 +18,9 @@ from dssp import data as data_module
 from dssp import evaluate, retrain, search
 from dssp.bilevel import BilevelSearch
 from dssp.checkpoint import load_newest, read_plain
-from dssp.determinism import CUBLAS, NotDeterministic, deterministic
-from dssp.retraining import Retraining
-from dssp.run_folder import keep_rows
+from dssp.derived.retraining import Retraining
+from dssp.runs.determinism import CUBLAS, NotDeterministic, deterministic
+from dssp.runs.run_folder import keep_rows
 from tests.search.test_resume import assert_identical
 
 SHAPE = ["--image-size=8", "--channels=2", "--cells=3", "--threads=1"]

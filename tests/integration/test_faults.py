@@ -24,9 +24,9 @@ from dssp import retrain, search
 from dssp.bilevel import BilevelSearch
 from dssp.checkpoint import load_newest
 from dssp.data import load_data
-from dssp.fingerprint import fingerprint
-from dssp.interruption import RESUME_ME
-from dssp.run_folder import keep_rows
+from dssp.runs.fingerprint import fingerprint
+from dssp.runs.interruption import RESUME_ME
+from dssp.runs.run_folder import keep_rows
 from tests.search.test_resume import assert_identical
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def test_memory_that_a_gpu_does_not_have_while_retraining(folder: Path, monkeypa
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("dssp.retraining.Retraining.step", out_of_memory)
+    monkeypatch.setattr("dssp.derived.retraining.Retraining.step", out_of_memory)
     line = failure(folder, "--retrain-epochs=1", "--retrain-batch-size=50", "--retrain-channels=2", "--retrain-cells=3")
     assert line.startswith("retraining: out of memory at batch size 50 (") and "lower --retrain-batch-size or" in line
 
@@ -175,7 +175,7 @@ def test_second_process_on_a_run_folder_is_refused_until_the_first_is_dead(folde
     program = [
         "import sys, time",
         "from pathlib import Path",
-        "from dssp.run_folder import _lock",
+        "from dssp.runs.run_folder import _lock",
         "_lock(Path(sys.argv[1]))",
         "print('locked', flush=True)",
         "time.sleep(600)",

@@ -18,7 +18,7 @@ import torch
 
 from dssp import search
 from dssp.checkpoint import load_newest
-from dssp.run_folder import keep_rows
+from dssp.runs.run_folder import keep_rows
 from tests.search.test_skipped_steps import tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

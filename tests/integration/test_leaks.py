@@ -15,8 +15,8 @@ from torch import nn
 from dssp.callbacks import Checkpointing
 from dssp.engine import Callback, Engine
 from dssp.metrics import RunningMeans
-from dssp.optimization import sgd, weight_step
-from dssp.skipped_steps import GuardedStep
+from dssp.steps.optimization import sgd, weight_step
+from dssp.steps.skipped_steps import GuardedStep
 from tests.search.small import small_search
 from tests.search.test_skipped_steps import Scripted
 

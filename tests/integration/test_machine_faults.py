@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dssp import search
-from dssp.run_folder import keep_rows
+from dssp.runs.run_folder import keep_rows
 from tests.integration.test_faults import FLAGS, ROOT, assert_can_be_continued, at_step, failure
 
 DAY = 86_400.0  # seconds

@@ -16,10 +16,10 @@ from PIL import Image
 from dssp import evaluate, export, retrain, search
 from dssp.callbacks import MetricsLog
 from dssp.chain_genotype import ChainGenotype
+from dssp.derived.trained import load_trained
 from dssp.engine import Engine
 from dssp.genotype import save_genotype
 from dssp.metrics import RunningMeans
-from dssp.trained import load_trained
 
 SHAPE = ["--channels", "2", "--cells", "3", "--threads", "1"]
 RECIPE = [

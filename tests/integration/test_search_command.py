@@ -22,8 +22,8 @@ from dssp import retrain, search
 from dssp.callbacks import MetricsLog
 from dssp.engine import Engine
 from dssp.genotype import load_genotype
-from dssp.interruption import RESUME_ME
 from dssp.metrics import RunningMeans
+from dssp.runs.interruption import RESUME_ME
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ["--channels", "2", "--cells", "3", "--threads", "1"]

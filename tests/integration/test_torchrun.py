@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from dssp.run_folder import keep_rows
+from dssp.runs.run_folder import keep_rows
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ import torch
 from dssp.bilevel import BilevelSearch
 from dssp.config import RetrainConfig, SearchConfig
 from dssp.data import DataSet, load_data
+from dssp.derived.retraining import Retraining
 from dssp.network import DerivedNetwork
-from dssp.retraining import Retraining
 from dssp.search import build_supernet
 from dssp.spaces import DARTS
 from dssp.supernet import Supernet

@@ -16,9 +16,9 @@ from torch import nn
 from dssp.bilevel import BilevelSearch
 from dssp.config import SearchConfig
 from dssp.data import load_data
-from dssp.optimization import frozen
 from dssp.options import ConfigError
 from dssp.search import build_supernet
+from dssp.steps.optimization import frozen
 from tests.search.small import BATCH, small_data, small_search
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from dssp import budget as budgets
 from dssp.bilevel import BilevelSearch
-from dssp.budget import Budget
 from dssp.config import ConfigError
 from dssp.cost import count_flops, count_parameters
-from dssp.derivation import derive
+from dssp.derived import budget as budgets
+from dssp.derived.budget import Budget
+from dssp.derived.derivation import derive
 from dssp.genotype import AnyGenotype
 from dssp.methods import METHODS
 from dssp.methods.dssp import Dssp

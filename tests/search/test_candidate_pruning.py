@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dssp.candidate_pruning import CandidatePruner, CandidateSchedule, Worth
 from dssp.config import parse_search
 from dssp.methods.dssp import Dssp
+from dssp.pruning.candidates import CandidatePruner, CandidateSchedule, Worth
 from dssp.supernet import Supernet
 from tests.search.small import small_supernet
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dssp.capture import CapturedStep
 from dssp.search import uncaptured_steps
+from dssp.steps.capture import CapturedStep
 from tests.search.small import small_search
 
 

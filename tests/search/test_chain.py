@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from dssp.chain_genotype import OPERATIONS, ChainGenotype
 from dssp.config import ConfigError, RetrainConfig, SearchConfig
-from dssp.derivation import derive
+from dssp.derived.derivation import derive
 from dssp.genotype import genotype_from_dict, load_with_space, save_genotype, with_shortcuts
 from dssp.methods import METHODS
 from dssp.network import DerivedNetwork
 from dssp.paths.space import PathSpace
-from dssp.pruning import GateTable, Pruner, PruningRules
+from dssp.pruning.edges import GateTable, Pruner, PruningRules
 from dssp.relaxation import Mixture, normalised_gates
 from dssp.report import write_report
 from dssp.spaces import CHAIN

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dssp import early_stopping
 from dssp.arch_genotype import OPERATIONS, ArchGenotype
 from dssp.config import SearchConfig
-from dssp.derivation import derive
+from dssp.derived.derivation import derive
 from dssp.early_stopping import EarlyStopping, dominant_eigenvalue
 from dssp.engine import Callback, Engine
 from dssp.methods.base import beta_loss

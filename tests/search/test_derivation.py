@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from dssp.derivation import derive
+from dssp.derived.derivation import derive
 from dssp.spaces import DARTS
 from dssp.supernet import Supernet
 from tests.search.small import set_gates, small_supernet

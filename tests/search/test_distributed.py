@@ -26,7 +26,7 @@ from dssp.distributed import (
     share,
 )
 from dssp.network import DropPath
-from dssp.sync_batch_norm import SyncBatchNorm2d, synchronise_norms
+from dssp.steps.sync_batch_norm import SyncBatchNorm2d, synchronise_norms
 from tests.search.ranks import results_of_ranks
 from tests.search.small import small_data
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from dssp import search
 from dssp.bilevel import BilevelSearch
 from dssp.distributed import RanksApart, rank, ranks
-from dssp.interruption import RESUME_ME
-from dssp.sync_batch_norm import synchronise_norms
+from dssp.runs.interruption import RESUME_ME
+from dssp.steps.sync_batch_norm import synchronise_norms
 from tests.search.ranks import results_of_ranks, start_ranks
 from tests.search.small import small_retraining, small_search
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dssp import exporting
-from dssp.exporting import ExportFailed, export_network
+from dssp.derived import exporting
+from dssp.derived.exporting import ExportFailed, export_network
 from dssp.genotype import AnyGenotype
 from dssp_kernels import get_backend
 from tests.search.trained import ARCH, EVERY_OPERATION, small_trained

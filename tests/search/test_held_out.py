@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dssp.held_out import BATCH, batch_statistics, candidate_effects, edge_effects, held_out_losses
+from dssp.pruning.held_out import BATCH, batch_statistics, candidate_effects, edge_effects, held_out_losses
 from dssp.supernet import Supernet
 from tests.search.small import small_supernet
 

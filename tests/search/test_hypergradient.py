@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from dssp import hypergradient
 from dssp.config import SearchConfig
 from dssp.distributed import average_tensors, rank, ranks
-from dssp.hypergradient import unrolled_gradients
-from dssp.optimization import sgd
 from dssp.options import ConfigError
 from dssp.spaces import DARTS
+from dssp.steps import hypergradient
+from dssp.steps.hypergradient import unrolled_gradients
+from dssp.steps.optimization import sgd
+from dssp.steps.sync_batch_norm import synchronise_norms
 from dssp.supernet import Supernet
-from dssp.sync_batch_norm import synchronise_norms
 from tests.search.ranks import results_of_ranks
 from tests.search.small import small_search
 

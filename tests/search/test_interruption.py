@@ -15,8 +15,8 @@ from dssp.checkpoint import load_newest
 from dssp.command import run_command
 from dssp.config import SearchConfig
 from dssp.engine import Callback, Engine, Interrupted
-from dssp.interruption import RESUME_ME, SIGNALS, on_signals
 from dssp.metrics import RunningMeans
+from dssp.runs.interruption import RESUME_ME, SIGNALS, on_signals
 from tests.search.test_skipped_steps import Scripted
 
 EVERY_SIGNAL = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -103,7 +103,7 @@ def test_signal_outside_of_training_ends_the_command_with_the_documented_status(
 def test_second_signal_leaves_at_once() -> None:
     lines = [
         "import signal, time",
-        "from dssp.interruption import on_signals",
+        "from dssp.runs.interruption import on_signals",
         "with on_signals(lambda name: print(name, flush=True)):",
         "    signal.raise_signal(signal.SIGINT)",
         "    print('goes on', flush=True)",

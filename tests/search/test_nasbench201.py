@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from dssp.arch_genotype import ArchGenotype
 from dssp.cost import count_flops, count_parameters
-from dssp.derivation import derive
+from dssp.derived.derivation import derive
 from dssp.genotype import Genotype
 from dssp.network import DerivedNetwork
-from dssp.pruning import GateTable, Pruner, PruningRules
+from dssp.pruning.edges import GateTable, Pruner, PruningRules
 from dssp.spaces import DARTS, NASBENCH201, get_space
 from dssp.spaces.nasbench201 import ResidualBlock
 from dssp.supernet import Supernet

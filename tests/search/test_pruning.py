@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dssp.held_out import Measure
-from dssp.pruning import STRATEGIES, GateTable, Pruner, PruningRules, normalised_gates
+from dssp.pruning.edges import STRATEGIES, GateTable, Pruner, PruningRules, normalised_gates
+from dssp.pruning.held_out import Measure
 from dssp.supernet import Supernet
 from tests.search.small import set_gates, small_supernet
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dssp.pruning import normalised_gates as scores_of
+from dssp.pruning.edges import normalised_gates as scores_of
 from dssp.relaxation import Mixture, normalised_gates, softmax_over
 
 

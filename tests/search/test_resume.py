@@ -20,7 +20,7 @@ from dssp.callbacks import Checkpointing, MetricsLog
 from dssp.engine import Callback, Engine, Task
 from dssp.methods import METHODS
 from dssp.metrics import RunningMeans
-from dssp.run_folder import keep_rows
+from dssp.runs.run_folder import keep_rows
 from tests.search.small import small_data, small_retraining, small_search
 from tests.search.test_skipped_steps import Scripted
 

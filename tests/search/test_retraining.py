@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dssp.averaging import MovingAverage
 from dssp.config import RetrainConfig
+from dssp.derived.averaging import MovingAverage
+from dssp.derived.retraining import Retraining
 from dssp.genotype import Genotype
 from dssp.network import DerivedEdges, DerivedNetwork, DropPath
-from dssp.retraining import Retraining
 from dssp.spaces import DARTS, NASBENCH201
 from dssp.spaces.auxiliary import AuxiliaryHead
 from dssp.spaces.operations import Identity

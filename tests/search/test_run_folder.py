@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dssp.config import RetrainConfig, SearchConfig
-from dssp.run_folder import RunFolderError, keep_rows, open_run_folder
+from dssp.runs.run_folder import RunFolderError, keep_rows, open_run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -54,16 +54,16 @@ def git(here: Path, *arguments: str) -> None:
 
 def test_changes_since_the_commit_are_kept_beside_the_config(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = here / "tree" / "dssp"
-    tree.mkdir(parents=True)
-    (tree / "run_folder.py").write_text("one\n")
+    (tree / "runs").mkdir(parents=True)
+    (tree / "supernet.py").write_text("one\n")
     git(tree, "init")
     git(tree, "add", ".")
     git(tree, "commit", "-m", "first")
-    monkeypatch.setattr("dssp.run_folder.__file__", str(tree / "run_folder.py"))
+    monkeypatch.setattr("dssp.runs.run_folder.__file__", str(tree / "runs" / "run_folder.py"))
     clean = open_run_folder(config(run_dir="clean"), "dssp", {})
     assert not (clean / "changes.diff").exists()
     assert len(json.loads((clean / "config.json").read_text())["commit"]) == 40
-    (tree / "run_folder.py").write_text("two\n")
+    (tree / "supernet.py").write_text("two\n")
     dirty = open_run_folder(config(run_dir="dirty"), "dssp", {})
     assert (dirty / "changes.diff").read_text().endswith("-one\n+two\n")
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dssp.engine import Callback, Diverged, Engine
 from dssp.metrics import RunningMeans
-from dssp.optimization import sgd, weight_step
-from dssp.skipped_steps import GuardedStep, SkippedSteps, step_and_take_back_unless, step_if_finite
+from dssp.steps.optimization import sgd, weight_step
+from dssp.steps.skipped_steps import GuardedStep, SkippedSteps, step_and_take_back_unless, step_if_finite
 from tests.search.small import small_retraining, small_search
 
 BAD = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)

@@ -12,14 +12,14 @@ from torch import nn
 
 from dssp.config import ConfigError, RetrainConfig, SearchConfig
 from dssp.cost import count_parameters
-from dssp.exporting import export_network
+from dssp.derived.exporting import export_network
+from dssp.derived.trained import load_trained, save_trained
 from dssp.genotype import AnyGenotype
 from dssp.network import DerivedNetwork
 from dssp.retrain import retrain
 from dssp.spaces import CHAIN, DARTS, NASBENCH201
 from dssp.spaces.auxiliary import AuxiliaryHeadImageNet
 from dssp.supernet import Supernet
-from dssp.trained import load_trained, save_trained
 from tests.search.small import small_data
 from tests.search.test_chain import SMALL
 from tests.search.test_network import DARTS_V2

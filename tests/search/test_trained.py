@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from dssp.derived.trained import NetworkUnavailable, load_trained, save_trained
 from dssp.genotype import AnyGenotype
 from dssp.network import DerivedNetwork
 from dssp.spaces import DARTS
-from dssp.trained import NetworkUnavailable, load_trained, save_trained
 from tests.search.trained import ARCH, EVERY_OPERATION, small_trained
 
 

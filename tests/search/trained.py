@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from dssp.arch_genotype import ArchGenotype
+from dssp.derived.trained import TrainedNetwork
 from dssp.genotype import AnyGenotype, Genotype
 from dssp.network import DerivedNetwork
 from dssp.spaces import get_space
-from dssp.trained import TrainedNetwork
 
 EVERY_OPERATION = Genotype(
     normal=((("sep_conv_3x3", 0), ("avg_pool_3x3", 1)), (("skip_connect", 1), ("dil_conv_5x5", 2))),

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dssp.held_out import Measure, edge_effects
+from dssp.pruning.held_out import Measure, edge_effects
 from dssp.supernet import Supernet
 
 STRATEGIES = ("measured", "budget", "relative", "absolute", "none")

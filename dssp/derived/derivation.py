@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dssp.budget import Budget, Option, node_options, strongest
+from dssp.derived.budget import Budget, Option, node_options, strongest
 from dssp.genotype import AnyGenotype, Edge
 from dssp.paths.space import genotype_of, path_of
 from dssp.relaxation import softmax_over

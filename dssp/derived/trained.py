@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dssp.checkpoint import read_plain
-from dssp.files import write_atomically
 from dssp.genotype import AnyGenotype, genotype_from_dict
 from dssp.network import DerivedNetwork
+from dssp.runs.files import write_atomically
 from dssp.spaces import get_space
 
 NAME = "network.pt"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dssp.distributed import average_gradients
-from dssp.skipped_steps import reported, step_if_finite
+from dssp.steps.skipped_steps import reported, step_if_finite
 
 
 @contextmanager

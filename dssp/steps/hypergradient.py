@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dssp.distributed import average_tensors
-from dssp.optimization import frozen
+from dssp.steps.optimization import frozen
 
 DISTANCE = 1e-2  # how far the weights move for the finite difference, in norm (DARTS, section 2.3, footnote)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dssp.trained import TrainedNetwork
+from dssp.derived.trained import TrainedNetwork
 from dssp_kernels import get_backend, set_backend
 
 # How far a logit of the file may be from the network's: the sums are the same, their order is the runtime's.

@@ -20,7 +20,7 @@ import torch
 
 from dssp.config import RetrainConfig, SearchConfig
 from dssp.distributed import check_same, highest, is_under_torchrun, on_main, ranks, restarts
-from dssp.files import write_atomically, write_json
+from dssp.runs.files import write_atomically, write_json
 from dssp.options import ConfigError
 
 Config = TypeVar("Config", SearchConfig, RetrainConfig)
@@ -216,7 +216,7 @@ def _command() -> list[str]:
 
 def _git(*arguments: str) -> str | None:
     """What git says in the source tree this package runs from; None if it runs from none, or for an empty answer."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]  # the package: what runs is all of it
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):

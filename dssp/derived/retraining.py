@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from dssp.averaging import MovingAverage
 from dssp.config import RetrainConfig
 from dssp.data import Split, keyed_generator
+from dssp.derived.averaging import MovingAverage
 from dssp.distributed import check_same, checksum, ranks, share
 from dssp.network import DerivedNetwork
-from dssp.optimization import accuracy, autocast, cosine, descend, set_learning_rate, sgd
-from dssp.skipped_steps import GuardedStep, reported
+from dssp.steps.optimization import accuracy, autocast, cosine, descend, set_learning_rate, sgd
+from dssp.steps.skipped_steps import GuardedStep, reported
 
 
 class Retraining:

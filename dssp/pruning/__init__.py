@@ -1,0 +1,1 @@
+"""What leaves the supernet: edges, candidates, and the held-out images that decide it."""

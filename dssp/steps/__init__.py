@@ -1,0 +1,1 @@
+"""What a training step is made of: optimizers, non-finite steps, hypergradients, CUDA graphs."""
