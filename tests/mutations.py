@@ -97,14 +97,15 @@ MUTATIONS = [
         ("depthwise-cpu-weight", "sums[r][t] += g *", "sums[r][t] -= g *"),
     ),
     *of_formulas(
+        "dssp_kernels/depthwise_conv/cpu_bands.h",
+        "kernels/test_depthwise_conv.py",
+        ("depthwise-cpu-last-row", "for (; next < out_end; ++next)", "for (; next < out_end - 1; ++next)"),
+    ),
+    *of_formulas(
         "dssp_kernels/separable_conv/cpu.cpp",
         "kernels/test_separable_conv.py",
         ("separable-cpu-pointwise", "sums[i][v] += value * g[v]", "sums[i][v] -= value * g[v]"),
-        (
-            "separable-cpu-last-row",
-            "all.pointwise_partial.data() + part * all.pointwise_size, first, last)",
-            "all.pointwise_partial.data() + part * all.pointwise_size, first, last - 1)",
-        ),
+        ("separable-cpu-recompute", "depthwise.compute(x, taps);", ""),
     ),
     *of_formulas(
         "dssp_kernels/separable_conv/cpu.cpp",

@@ -176,9 +176,17 @@ struct Parts {
 
 // ---- the gradients of a band ----------------------------------------------------------------------------------------
 
+// Nothing to be done with an output row.
+struct NoWork {
+  bool is_wanted() const { return false; }
+  template <typename... Rows>
+  void operator()(const Rows&...) const {}
+};
+
 // Both gradients of one image and channel block, in one sweep over its rows. Gradients: a ring of rows of the outputs'
-// gradient, with start() and load() as RowRing has them.
-template <typename Scalar, typename Gradients>
+// gradient, with start() and load() as RowRing has them. OutputRow: what else wants to see each output row while its
+// gradient has just been loaded and the rows of x that it reads are near: (x, gradients, taps that meet x, row).
+template <typename Scalar, typename Gradients, typename OutputRow = NoWork>
 struct Backward {
   static constexpr int64_t width = Lanes<Scalar>::width;
   const Geometry& g;
@@ -187,27 +195,29 @@ struct Backward {
   RowRing<Scalar> x;
   RowWriter<Scalar> d_x;
   bool adds = false;  // to what d_x holds
+  OutputRow output_row = {};
   TapFinder finder{g.rows.taps};
 
-  // The weight gradient takes output rows out_begin..out_end as soon as rows in_begin..in_end of the input gradient
-  // have loaded them, so every row is loaded once. gradients: null if not wanted.
+  // The weight gradient takes output rows out_begin..out_end as soon as rows in_begin..in_end of the input gradient need
+  // them, and loads them, so every row is loaded once. gradients: null if not wanted.
   void band(int64_t image, const ChannelBlock& block, Sum<Scalar>* gradients, int64_t out_begin, int64_t out_end,
             int64_t in_begin, int64_t in_end) {
     x.start(image, block);
     grad.start(image, block);
     Contribution<Sum<Scalar>> to_weights = weight_gradient_work(gradients);
     Correlation<Sum<Scalar>> to_input = input_gradient_work();
-    int64_t next = gradients ? out_begin : out_end;
+    int64_t next = gradients || output_row.is_wanted() ? out_begin : out_end;
     for (int64_t row = in_begin; row < in_end && d_x.target.data; ++row) {
       const int64_t reached = row + g.rows.padding;
       const int64_t first = ceil_div(std::max<int64_t>(0, reached - g.rows.reach()), g.rows.stride);
       const int64_t last = reached / g.rows.stride;
-      for (; next < std::min(out_end, first); ++next) weight_gradient_row(to_weights, next);
+      for (; next < std::min(out_end, first); ++next) visit_output_row(to_weights, next);
+      grad.load(first, std::min(last, next - 1));
+      for (; next < std::min(out_end, last + 1); ++next) visit_output_row(to_weights, next);
       grad.load(first, last);
-      for (; next < std::min(out_end, last + 1); ++next) weight_gradient_row(to_weights, next);
       input_gradient_row(to_input, row);
     }
-    for (; next < out_end; ++next) weight_gradient_row(to_weights, next);
+    for (; next < out_end; ++next) visit_output_row(to_weights, next);
   }
 
   // The rows of an image that belong to one part of the batch.
@@ -244,12 +254,14 @@ struct Backward {
     return c;
   }
 
-  void weight_gradient_row(Contribution<Sum<Scalar>>& c, int64_t row) {
+  void visit_output_row(Contribution<Sum<Scalar>>& c, int64_t row) {
     const Reads reads = forward_reads(g.rows, row);
     x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
     grad.load(row, row);
-    c.grad = grad.data() + grad.offset(row);
     c.rows = finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps * width);
+    output_row(x, grad, c.rows, row);
+    if (!c.gradients) return;
+    c.grad = grad.data() + grad.offset(row);
     contribute_loop(c);
   }
 

@@ -159,29 +159,20 @@ Buffer<Sum<Scalar>> packed_pointwise(const Tensor& weight, bool transposed) {
   return packed;
 }
 
-// Rows of the depthwise convolution, one at a time.
+// A row of the depthwise convolution.
 template <typename Scalar>
-struct DepthwiseRows {
+struct DepthwiseRow {
   static constexpr int64_t width = Lanes<Scalar>::width;
   const Geometry& g;
   const Sum<Scalar>* weights;
-  RowRing<Scalar> x;
-  Buffer<Sum<Scalar>> row;  // [vector][column][lane]
-  TapFinder finder;
+  Buffer<Sum<Scalar>> row = Buffer<Sum<Scalar>>(vectors_of<Scalar>(g.channels) * vector());  // [vector][column][lane]
 
-  DepthwiseRows(const Geometry& g, const Sum<Scalar>* weights, const Images<const Scalar>& x, bool relu)
-      : g(g), weights(weights), x(input_rows<Scalar>(g, x, vectors_of<Scalar>(g.channels), relu)),
-        row(vectors_of<Scalar>(g.channels) * row_vector()), finder(g.rows.taps) {}
+  int64_t vector() const { return g.columns.outputs * width; }
 
-  int64_t row_vector() const { return g.columns.outputs * width; }
-
-  void start(int64_t image) { x.start(image, all_channels<Scalar>(g.channels)); }
-
-  void compute(int64_t output_row) {
-    const Reads reads = forward_reads(g.rows, output_row);
-    x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
+  // `taps`: the kernel rows that meet rows of x at this output row
+  void compute(const RowRing<Scalar>& x, const TapRows& taps) {
     Correlation<Sum<Scalar>> c = {x.data(), weights};
-    c.rows = finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps * width);
+    c.rows = taps;
     c.taps = forward_reads(g.columns, 0);
     c.stride = g.columns.stride;
     c.columns = g.columns.outputs;
@@ -189,7 +180,7 @@ struct DepthwiseRows {
     c.source_vector = x.vector_size();
     c.weight_vector = g.taps() * width;
     c.results = row.data();
-    c.result_vector = row_vector();
+    c.result_vector = vector();
     c.result_column = width;
     correlate_loop(c);
   }
@@ -199,20 +190,21 @@ struct DepthwiseRows {
 template <typename Scalar>
 struct SeparableForward {
   static constexpr int64_t width = Lanes<Scalar>::width;
-  DepthwiseRows<Scalar> depthwise;
+  const Geometry& g;
+  RowRing<Scalar> x;
+  DepthwiseRow<Scalar> depthwise;
   const Sum<Scalar>* pointwise;
   Images<Scalar> y;
   int64_t outputs;
-  Buffer<Sum<Scalar>> buffer;
-
-  SeparableForward(DepthwiseRows<Scalar> depthwise, const Sum<Scalar>* pointwise, Images<Scalar> y, int64_t outputs)
-      : depthwise(std::move(depthwise)), pointwise(pointwise), y(y), outputs(outputs),
-        buffer(vectors_of<Scalar>(outputs) * this->depthwise.row_vector()) {}
+  Buffer<Sum<Scalar>> buffer = Buffer<Sum<Scalar>>(vectors_of<Scalar>(outputs) * depthwise.vector());
+  TapFinder finder{g.rows.taps};
 
   void band(int64_t image, int64_t begin, int64_t end) {
-    depthwise.start(image);
+    x.start(image, all_channels<Scalar>(g.channels));
     for (int64_t row = begin; row < end; ++row) {
-      depthwise.compute(row);
+      const Reads reads = forward_reads(g.rows, row);
+      x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
+      depthwise.compute(x, finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps * width));
       write(y.at(image, 0, row, 0));
     }
   }
@@ -220,10 +212,10 @@ struct SeparableForward {
   // Straight into the tensor where its elements are sums, else through a row of sums.
   void write(Scalar* to) {
     Product<Sum<Scalar>> p = {depthwise.row.data(), pointwise};
-    p.columns = depthwise.g.columns.outputs;
-    p.inputs = depthwise.x.block.vectors * width;
+    p.columns = g.columns.outputs;
+    p.inputs = x.block.vectors * width;
     p.vectors = vectors_of<Scalar>(outputs);
-    p.source_vector = depthwise.row_vector();
+    p.source_vector = depthwise.vector();
     if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) {
       if (y.channel == 1 && outputs % width == 0) {
         p.results = to;
@@ -240,18 +232,12 @@ struct SeparableForward {
   }
 };
 
-// Rows of the output's gradient as it came, one at a time.
-template <typename Scalar>
-RowRing<Scalar> output_rows(const Geometry& g, const Images<const Scalar>& grad, int64_t outputs) {
-  return {grad, g.rows.outputs, g.columns.outputs, {0, 0, 1}, vectors_of<Scalar>(outputs), false};
-}
-
 // Rows of the depthwise output's gradient: rows of the output's gradient taken through the pointwise weights.
 template <typename Scalar>
 struct GradientRows : Ring<Sum<Scalar>> {
   static constexpr int64_t width = Lanes<Scalar>::width;
-  const Sum<Scalar>* pointwise;  // transposed
-  RowRing<Scalar> output;
+  const Sum<Scalar>* pointwise;  // transposed; null: nobody wants these rows, only those that came
+  RowRing<Scalar> output;        // the last row, as it came
   int64_t outputs, vectors, next = 0;
 
   GradientRows(const Geometry& g, const Sum<Scalar>* pointwise, const Images<const Scalar>& grad, int64_t outputs)
@@ -265,6 +251,7 @@ struct GradientRows : Ring<Sum<Scalar>> {
   void load(int64_t first, int64_t last) {
     for (next = std::max(next, first); next <= std::min(last, output.rows - 1); ++next) {
       output.load(next, next);
+      if (!pointwise) continue;
       Product<Sum<Scalar>> p = {output.data() + output.offset(next), pointwise};
       p.columns = output.columns;
       p.inputs = output.block.vectors * width;
@@ -282,33 +269,30 @@ struct GradientRows : Ring<Sum<Scalar>> {
                const Margins& margins)
       : Ring<Sum<Scalar>>(g.columns.outputs, margins.left, margins.right, margins.slots,
                           vectors_of<Scalar>(g.channels)),
-        pointwise(pointwise), output(output_rows<Scalar>(g, grad, outputs)), outputs(outputs),
-        vectors(vectors_of<Scalar>(g.channels)) {}
+        pointwise(pointwise),
+        output{grad, g.rows.outputs, g.columns.outputs, {0, 0, 1}, vectors_of<Scalar>(outputs), false},
+        outputs(outputs), vectors(vectors_of<Scalar>(g.channels)) {}
 };
 
-// The gradient of the pointwise weights, from a band of output rows.
+// The gradient of the pointwise weights, from output rows as Backward visits them: computes each depthwise row again.
 template <typename Scalar>
 struct PointwiseGradient {
-  static constexpr int64_t width = Lanes<Scalar>::width;
-  DepthwiseRows<Scalar> depthwise;
-  RowRing<Scalar> grad;
-  int64_t outputs;
+  DepthwiseRow<Scalar> depthwise;
+  Sum<Scalar>* gradients;  // null: not wanted
 
-  void band(int64_t image, Sum<Scalar>* gradients, int64_t begin, int64_t end) {
-    depthwise.start(image);
-    grad.start(image, all_channels<Scalar>(outputs));
-    for (int64_t row = begin; row < end; ++row) {
-      depthwise.compute(row);
-      grad.load(row, row);
-      OuterProduct<Sum<Scalar>> p = {depthwise.row.data(), grad.data() + grad.offset(row)};
-      p.columns = grad.columns;
-      p.inputs = depthwise.x.block.vectors * width;
-      p.vectors = grad.block.vectors;
-      p.gradients = gradients;
-      p.source_vector = depthwise.row_vector();
-      p.grad_vector = grad.vector_size();
-      accumulate_loop(p);
-    }
+  bool is_wanted() const { return gradients; }
+
+  void operator()(const RowRing<Scalar>& x, const GradientRows<Scalar>& grad, const TapRows& taps, int64_t row) {
+    if (!gradients) return;
+    depthwise.compute(x, taps);
+    OuterProduct<Sum<Scalar>> p = {depthwise.row.data(), grad.output.data() + grad.output.offset(row)};
+    p.columns = grad.output.columns;
+    p.inputs = x.block.vectors * Lanes<Scalar>::width;
+    p.vectors = grad.output.block.vectors;
+    p.gradients = gradients;
+    p.source_vector = depthwise.vector();
+    p.grad_vector = grad.output.vector_size();
+    accumulate_loop(p);
   }
 };
 
@@ -348,13 +332,14 @@ void separable_forward(const Group& group, const Tensor& x, std::vector<Tensor>&
   torch::stable::parallel_for(0, batch * rows, kGrain * rows / work + 1, [&](int64_t begin, int64_t end) {
     std::vector<SeparableForward<Scalar>> sweeps;
     for (size_t k = 0; k < group.size(); ++k) {
-      sweeps.emplace_back(DepthwiseRows<Scalar>(group[k].g, depthwise[k].data(), input, group[k].relu),
-                          pointwise[k].data(), y[k], group[k].outputs());
+      const Geometry& g = group[k].g;
+      sweeps.push_back({g, input_rows<Scalar>(g, input, vectors_of<Scalar>(g.channels), group[k].relu),
+                        DepthwiseRow<Scalar>{g, depthwise[k].data()}, pointwise[k].data(), y[k], group[k].outputs()});
     }
     while (begin < end) {
       const int64_t image = begin / rows, row = begin % rows, last = std::min(rows, row + end - begin);
       for (auto& sweep : sweeps) {
-        const int64_t outputs = sweep.depthwise.g.rows.outputs;
+        const int64_t outputs = sweep.g.rows.outputs;
         sweep.band(image, outputs * row / rows, outputs * last / rows);
       }
       begin += last - row;
@@ -419,28 +404,24 @@ struct SeparableGradients {
 template <typename Scalar>
 struct SeparableBackward {
   SeparableGradients<Scalar>& all;
-  PointwiseGradient<Scalar> to_pointwise;
-  Backward<Scalar, GradientRows<Scalar>> sweep;
+  Backward<Scalar, GradientRows<Scalar>, PointwiseGradient<Scalar>> sweep;
 
   // d_x: where the gradient of x goes, if anywhere; adds: to what is there
   SeparableBackward(SeparableGradients<Scalar>& all, const Images<Scalar>& d_x, bool adds)
       : all(all),
-        to_pointwise{DepthwiseRows<Scalar>(all.g, all.depthwise.data(), all.x, all.relu),
-                     output_rows<Scalar>(all.g, all.grad, all.outputs), all.outputs},
         sweep{all.g, all.depthwise.data(),
-              GradientRows<Scalar>(all.g, all.pointwise.data(), all.grad, all.outputs),
+              GradientRows<Scalar>(all.g, d_x.data || !all.partial.empty() ? all.pointwise.data() : nullptr, all.grad,
+                                   all.outputs),
               input_rows<Scalar>(all.g, all.x, all.vectors, all.relu),
-              RowWriter<Scalar>(d_x, all.g.columns.inputs, all.vectors), adds} {}
+              RowWriter<Scalar>(d_x, all.g.columns.inputs, all.vectors), adds,
+              {DepthwiseRow<Scalar>{all.g, all.depthwise.data()}, nullptr}} {}
 
   void part_of_image(const Parts& parts, int64_t part, int64_t image) {
-    if (!all.pointwise_partial.empty()) {
-      const auto [first, last] = parts.rows(part, all.g.rows.outputs);
-      to_pointwise.band(image, all.pointwise_partial.data() + part * all.pointwise_size, first, last);
-    }
-    if (sweep.d_x.target.data || !all.partial.empty()) {
-      sweep.part_of_image(parts, part, image, all_channels<Scalar>(all.g.channels),
-                          all.partial.empty() ? nullptr : all.partial.data() + part * all.size);
-    }
+    const auto sums = [part](Buffer<Sum<Scalar>>& partial, int64_t size) {
+      return partial.empty() ? nullptr : partial.data() + part * size;
+    };
+    sweep.output_row.gradients = sums(all.pointwise_partial, all.pointwise_size);
+    sweep.part_of_image(parts, part, image, all_channels<Scalar>(all.g.channels), sums(all.partial, all.size));
   }
 };
 
