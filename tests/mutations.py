@@ -102,9 +102,13 @@ MUTATIONS = [
         ("depthwise-cpu-last-row", "for (; next < out_end; ++next)", "for (; next < out_end - 1; ++next)"),
     ),
     *of_formulas(
-        "dssp_kernels/separable_conv/cpu.cpp",
+        "dssp_kernels/separable_conv/cpu_products.h",
         "kernels/test_separable_conv.py",
         ("separable-cpu-pointwise", "sums[i][v] += value * g[v]", "sums[i][v] -= value * g[v]"),
+    ),
+    *of_formulas(
+        "dssp_kernels/separable_conv/cpu.cpp",
+        "kernels/test_separable_conv.py",
         ("separable-cpu-recompute", "depthwise.compute(x, taps);", ""),
     ),
     *of_formulas(
