@@ -32,7 +32,8 @@ def pool_batch_norm(
 
     On CPU tensors in channels_last memory the C++ kernels run: p never exists in memory, and of the pixels that were a
     maximum only their position in the window is kept, a byte each (PyTorch: p, and eight bytes). Statistics are summed
-    in float64; results do not depend on the number of threads. Elsewhere torch.nn.functional's operators run.
+    in float32 along a row and in float64 over the rows; results do not depend on the number of threads, of which an
+    image takes one. Elsewhere torch.nn.functional's operators run.
 
     Args:
         x: [B, C, H, W], float16, bfloat16, float32 or float64.
@@ -44,7 +45,8 @@ def pool_batch_norm(
 
     Returns:
         y [B, C, H', W'] of x's dtype and layout, and what running statistics take in: mean [C] and unbiased variance
-        [C] of p, float32 (float64 for float64), without gradients. y is differentiable twice with respect to x.
+        [C] of p, float32 (float64 for float64), without gradients. y is differentiable twice with respect to x. Not for
+        torch.func.vmap: as in torch.nn.BatchNorm2d, statistics are written in place.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
