@@ -15,7 +15,10 @@ TORCH_2_10 = "0x020A000000000000"  # the oldest LibTorch stable ABI we run on: o
 BUILDS = {  # DSSP_BUILD names one
     "release": ["-O3", "-g0"],
     "quick": ["-O1", "-g0"],  # for tests/mutations.py, which compiles many times
-    "sanitize": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "sanitize": [
+        *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        "-DDSSP_VECTORS_IN_A_PACK=2",  # as with AVX-512, so that what it does is seen on every machine
+    ],
 }
 
 

@@ -1,23 +1,33 @@
 // Vectors of storage scalars (float, double, bfloat16, half) widened to the type sums are kept in.
 //
 // GCC/Clang vector extensions rather than intrinsics: one source serves every instruction set, and DSSP_CLONES compiles
-// a function for the x86-64 baseline, AVX2 and AVX-512 and picks one when the library is loaded.
+// a function for the x86-64 baseline, AVX2 and AVX-512 and picks one when the library is loaded. DSSP_PACKED_LOOP does so
+// with a loop that takes several vectors at a time: as many as a register of AVX-512 holds, elsewhere one.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
 
 #define DSSP_INLINE inline __attribute__((always_inline))
+#ifndef DSSP_VECTORS_IN_A_PACK
+#define DSSP_VECTORS_IN_A_PACK 1
+#endif
 #ifdef DSSP_INSTRUCTION_SET_CLONES
 #define DSSP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define DSSP_PACKED_LOOP(name, Work, loop)                                                             \
+  [[maybe_unused]] __attribute__((target("arch=x86-64-v4"))) void name(const Work& w) { loop<2>(w); } \
+  [[maybe_unused]] __attribute__((target("arch=x86-64-v3"))) void name(const Work& w) { loop<1>(w); } \
+  [[maybe_unused]] __attribute__((target("default"))) void name(const Work& w) { loop<1>(w); }
 #else
 #define DSSP_CLONES
+#define DSSP_PACKED_LOOP(name, Work, loop) \
+  [[maybe_unused]] void name(const Work& w) { loop<DSSP_VECTORS_IN_A_PACK>(w); }
 #endif
-
 
 namespace dssp {
 
@@ -30,7 +40,9 @@ struct Half {
 };
 
 using Vector4d = double __attribute__((vector_size(32)));
+using Vector8d = double __attribute__((vector_size(64)));
 using Vector8f = float __attribute__((vector_size(32)));
+using Vector16f = float __attribute__((vector_size(64)));
 using Vector8u = uint32_t __attribute__((vector_size(32)));
 using Vector8h = uint16_t __attribute__((vector_size(16)));
 
@@ -118,6 +130,32 @@ struct Lanes<Half> : SinglePrecisionSums {
     const Vector8u half = (sign >> 16) | select(is_nan, Vector8u{} + 0x7e00u, magnitude);
     const Vector8h result = __builtin_convertvector(half, Vector8h);
     std::memcpy(to, &result, sizeof(result));
+  }
+};
+
+// kVectors neighbouring vectors of sums in one register. They are loaded from one place and taken apart again, never put
+// together: GCC does that through memory.
+template <typename S, int kVectors>
+struct Pack;
+
+template <typename S>
+struct Pack<S, 1> {
+  using Vector = typename Lanes<S>::Vector;
+  static DSSP_INLINE Vector load(const S* from) { return Lanes<S>::load(from); }
+  static DSSP_INLINE Vector part(Vector value, int) { return value; }
+};
+
+template <typename S>
+struct Pack<S, 2> {
+  using Vector = std::conditional_t<sizeof(S) == sizeof(float), Vector16f, Vector8d>;
+  static DSSP_INLINE Vector load(const S* from) { return load_unaligned<Vector>(from); }
+  static DSSP_INLINE typename Lanes<S>::Vector part(Vector value, int i) {
+    if constexpr (sizeof(S) == sizeof(float)) {
+      return i ? __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15)
+               : __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7);
+    } else {
+      return i ? __builtin_shufflevector(value, value, 4, 5, 6, 7) : __builtin_shufflevector(value, value, 0, 1, 2, 3);
+    }
   }
 };
 

@@ -31,8 +31,11 @@ class CandidatePruner:
     """Removes candidates from the live edges of a supernet and remembers what left when.
 
     On every edge those leave that `worth` says are worth least: what alpha believes does not count (it favours skip
-    connections, and more so the longer it learns). One stays if without it nothing could be derived any more, which
-    `can_derive` tells of the candidates that the supernet offers.
+    connections, and more so the longer it learns). Where two or more survive, they are not all of one kind: the best of
+    those with weights stays, and the best of those without. For what has weights is still being trained while it is
+    judged and shows too little, what has none shows all it has from the first step: only the last comparison, of whole
+    paths, decides between the two. One also stays if without it nothing could be derived any more, which `can_derive`
+    tells of the candidates that the supernet offers.
     """
 
     def __init__(
@@ -52,7 +55,8 @@ class CandidatePruner:
         ranked = sorted(zip(candidates, self.worth(candidates), strict=True), key=lambda candidate: candidate[1])
         leaving = []
         for (edge, operation), _ in ranked:
-            if len(left[edge]) > survivors and self._is_dispensable(edge, operation):
+            is_spare = len(left[edge]) > survivors and (survivors < 2 or self._has_peer(edge, operation, left[edge]))
+            if is_spare and self._is_dispensable(edge, operation):
                 left[edge].remove(operation)
                 leaving.append(f"{edge}/{operation}")
         for candidate in leaving:
@@ -64,6 +68,12 @@ class CandidatePruner:
         cell_type, position = self.supernet.locate(edge)
         flags = self.supernet.offered(cell_type)[position].tolist()
         return [name for name, offered in zip(self.supernet.space.operations, flags, strict=True) if offered]
+
+    def _has_peer(self, edge: str, operation: str, left: Sequence[str]) -> bool:
+        """Whether among the candidates left on the edge another one has weights if this one has, or none if it has none."""
+        mixed_edge, names = self.supernet.mixed_edges(edge)[0], self.supernet.space.operations
+        has_weights = {name: any(True for _ in mixed_edge._ops[names.index(name)].parameters()) for name in left}
+        return list(has_weights.values()).count(has_weights[operation]) > 1
 
     def _is_dispensable(self, edge: str, operation: str) -> bool:
         """Then it is offered no more."""

@@ -30,17 +30,17 @@ struct Forward {
 
   void band(int64_t image, const ChannelBlock& block, int64_t begin, int64_t end) {
     x.start(image, block);
-    Correlation<Sum<Scalar>> c = {x.data(), weights + block.first * g.taps()};
+    Correlation<Sum<Scalar>> c = {x.data(), weights + block.first * g.taps() * kWeightCopies};
     c.taps = forward_reads(g.columns, 0);
     c.stride = g.columns.stride;
     c.columns = g.columns.outputs;
     c.vectors = block.vectors;
     c.source_vector = x.vector_size();
-    c.weight_vector = g.taps() * width;
+    c.taps_in_all = g.taps();
     for (int64_t row = begin; row < end; ++row) {
       const Reads reads = forward_reads(g.rows, row);
       x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
-      c.rows = finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps * width);
+      c.rows = finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps);
       y.write(c, image, block, row, 0, 1);
     }
   }

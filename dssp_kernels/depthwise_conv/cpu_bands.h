@@ -121,19 +121,19 @@ struct RowWriter {
   }
 };
 
-// Where the kernel rows of `reads` find their source rows in a ring and their weights.
+// Where the kernel rows of `reads` find their source rows in a ring, and the numbers of their first taps.
 struct TapFinder {
-  std::vector<int64_t> sources, weights;
+  std::vector<int64_t> sources, taps;
 
-  explicit TapFinder(int64_t taps) : sources(taps), weights(taps) {}
+  explicit TapFinder(int64_t rows) : sources(rows), taps(rows) {}
 
   template <typename S>
-  TapRows find(const Reads& reads, const Ring<S>& ring, int64_t weight_row) {
+  TapRows find(const Reads& reads, const Ring<S>& ring, int64_t taps_of_a_row) {
     for (int64_t i = 0; i < reads.count; ++i) {
       sources[i] = ring.offset(reads.source + i * reads.source_step);
-      weights[i] = (reads.first + i * reads.step) * weight_row;
+      taps[i] = (reads.first + i * reads.step) * taps_of_a_row;
     }
-    return {sources.data(), weights.data(), reads.count};
+    return {sources.data(), taps.data(), reads.count};
   }
 };
 
@@ -243,11 +243,11 @@ struct Backward {
   }
 
   Correlation<Sum<Scalar>> input_gradient_work() const {
-    Correlation<Sum<Scalar>> c = {grad.data(), weights + x.block.first * g.taps()};
+    Correlation<Sum<Scalar>> c = {grad.data(), weights + x.block.first * g.taps() * kWeightCopies};
     c.stride = 1;
     c.vectors = x.block.vectors;
     c.source_vector = grad.vector_size();
-    c.weight_vector = g.taps() * width;
+    c.taps_in_all = g.taps();
     c.rectified_vector = x.vector_size();
     c.rectified_column = g.columns.stride * width;
     c.adds = adds;
@@ -258,7 +258,7 @@ struct Backward {
     const Reads reads = forward_reads(g.rows, row);
     x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
     grad.load(row, row);
-    c.rows = finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps * width);
+    c.rows = finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps);
     output_row(x, grad, c.rows, row);
     if (!c.gradients) return;
     c.grad = grad.data() + grad.offset(row);
@@ -269,7 +269,7 @@ struct Backward {
   void input_gradient_row(Correlation<Sum<Scalar>>& c, int64_t row) {
     const int64_t stride = g.columns.stride;
     if (x.relu) x.load(row, row);
-    c.rows = finder.find(without_outside(backward_reads(g.rows, row), g.rows.outputs), grad, g.columns.taps * width);
+    c.rows = finder.find(without_outside(backward_reads(g.rows, row), g.rows.outputs), grad, g.columns.taps);
     for (int64_t phase = 0; phase < std::min(stride, g.columns.inputs); ++phase) {
       c.taps = backward_reads(g.columns, phase);
       c.columns = ceil_div(g.columns.inputs - phase, stride);
@@ -281,16 +281,18 @@ struct Backward {
 
 // ---- weights and tensors -----------------------------------------------------------------------------------------
 
-// [C, 1, kh, kw] -> [vector][tap][lane], zeros in the lanes behind the last channel
+// [C, 1, kh, kw] -> [vector][tap][copy][lane], zeros in the lanes behind the last channel
 template <typename Scalar>
 Buffer<Sum<Scalar>> packed_weights(const Geometry& g, const Tensor& weight) {
   constexpr int64_t width = Lanes<Scalar>::width;
   const auto from = read_images<Scalar>(weight);
-  Buffer<Sum<Scalar>> packed(ceil_div(g.channels, width) * width * g.taps());
+  Buffer<Sum<Scalar>> packed(ceil_div(g.channels, width) * g.taps() * kWeightCopies * width);
   for (int64_t c = 0; c < g.channels; ++c) {
     for (int64_t t = 0; t < g.taps(); ++t) {
-      const Scalar* value = from.at(c, 0, t / g.columns.taps, t % g.columns.taps);
-      packed[(c / width * g.taps() + t) * width + c % width] = load_first(value, 1)[0];
+      const Sum<Scalar> value = widened(*from.at(c, 0, t / g.columns.taps, t % g.columns.taps));
+      for (int64_t copy = 0; copy < kWeightCopies; ++copy) {
+        packed[((c / width * g.taps() + t) * kWeightCopies + copy) * width + c % width] = value;
+      }
     }
   }
   return packed;

@@ -33,32 +33,37 @@ ChannelBlock all_channels(int64_t channels) {
   return {0, channels, vectors_of<Scalar>(channels)};
 }
 
-// [C_out, C_in, 1, 1] -> [out vector][in][lane], zeros behind the last channels; transposed: [in vector][out][lane]
+// [C_out, C_in, 1, 1] -> [in][out], transposed: [out][in]; zeros up to whole vectors
 template <typename Scalar>
 Buffer<Sum<Scalar>> packed_pointwise(const Tensor& weight, bool transposed) {
   constexpr int64_t width = Lanes<Scalar>::width;
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const int64_t rows = vectors_of<Scalar>(transposed ? outputs : inputs) * width;
-  Buffer<Sum<Scalar>> packed(vectors_of<Scalar>(transposed ? inputs : outputs) * width * rows);
+  const int64_t all_outputs = vectors_of<Scalar>(outputs) * width, all_inputs = vectors_of<Scalar>(inputs) * width;
+  Buffer<Sum<Scalar>> packed(all_outputs * all_inputs);
   const auto from = read_images<Scalar>(weight);
   for (int64_t out = 0; out < outputs; ++out) {
     for (int64_t in = 0; in < inputs; ++in) {
-      const int64_t row = transposed ? out : in, lane = transposed ? in : out;
-      packed[(lane / width * rows + row) * width + lane % width] = widened(*from.at(out, in, 0, 0));
+      packed[transposed ? out * all_inputs + in : in * all_outputs + out] = widened(*from.at(out, in, 0, 0));
     }
   }
   return packed;
 }
 
-// A row of the depthwise convolution.
+// A row of the depthwise convolution: [vector][column][lane] or, with its channels innermost, [column][channel].
 template <typename Scalar>
 struct DepthwiseRow {
   static constexpr int64_t width = Lanes<Scalar>::width;
   const Geometry& g;
   const Sum<Scalar>* weights;
-  Buffer<Sum<Scalar>> row = Buffer<Sum<Scalar>>(vectors_of<Scalar>(g.channels) * vector());  // [vector][column][lane]
+  int64_t vector, column;  // distances
+  Buffer<Sum<Scalar>> row = Buffer<Sum<Scalar>>(vectors_of<Scalar>(g.channels) * g.columns.outputs * width);
 
-  int64_t vector() const { return g.columns.outputs * width; }
+  static DepthwiseRow of_vectors(const Geometry& g, const Sum<Scalar>* weights) {
+    return {g, weights, g.columns.outputs * width, width};
+  }
+  static DepthwiseRow of_channels(const Geometry& g, const Sum<Scalar>* weights) {
+    return {g, weights, width, vectors_of<Scalar>(g.channels) * width};
+  }
 
   // `taps`: the kernel rows that meet rows of x at this output row
   void compute(const RowRing<Scalar>& x, const TapRows& taps) {
@@ -69,10 +74,10 @@ struct DepthwiseRow {
     c.columns = g.columns.outputs;
     c.vectors = x.block.vectors;
     c.source_vector = x.vector_size();
-    c.weight_vector = g.taps() * width;
+    c.taps_in_all = g.taps();
     c.results = row.data();
-    c.result_vector = vector();
-    c.result_column = width;
+    c.result_vector = vector;
+    c.result_column = column;
     correlate_loop(c);
   }
 };
@@ -87,7 +92,7 @@ struct SeparableForward {
   const Sum<Scalar>* pointwise;
   Images<Scalar> y;
   int64_t outputs;
-  Buffer<Sum<Scalar>> buffer = Buffer<Sum<Scalar>>(vectors_of<Scalar>(outputs) * depthwise.vector());
+  Buffer<Sum<Scalar>> buffer = Buffer<Sum<Scalar>>(vectors_of<Scalar>(outputs) * depthwise.vector);
   TapFinder finder{g.rows.taps};
 
   void band(int64_t image, int64_t begin, int64_t end) {
@@ -95,7 +100,7 @@ struct SeparableForward {
     for (int64_t row = begin; row < end; ++row) {
       const Reads reads = forward_reads(g.rows, row);
       x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
-      depthwise.compute(x, finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps * width));
+      depthwise.compute(x, finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps));
       write(y.at(image, 0, row, 0));
     }
   }
@@ -106,7 +111,7 @@ struct SeparableForward {
     p.columns = g.columns.outputs;
     p.inputs = x.block.vectors * width;
     p.vectors = vectors_of<Scalar>(outputs);
-    p.source_vector = depthwise.vector();
+    p.source_vector = depthwise.vector;
     if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) {
       if (y.channel == 1 && outputs % width == 0) {
         p.results = to;
@@ -178,10 +183,9 @@ struct PointwiseGradient {
     depthwise.compute(x, taps);
     OuterProduct<Sum<Scalar>> p = {depthwise.row.data(), grad.output.data() + grad.output.offset(row)};
     p.columns = grad.output.columns;
-    p.inputs = x.block.vectors * Lanes<Scalar>::width;
-    p.vectors = grad.output.block.vectors;
+    p.vectors = x.block.vectors;
+    p.outputs = grad.output.block.vectors * Lanes<Scalar>::width;
     p.gradients = gradients;
-    p.source_vector = depthwise.vector();
     p.grad_vector = grad.output.vector_size();
     accumulate_loop(p);
   }
@@ -225,7 +229,7 @@ void separable_forward(const Group& group, const Tensor& x, std::vector<Tensor>&
     for (size_t k = 0; k < group.size(); ++k) {
       const Geometry& g = group[k].g;
       sweeps.push_back({g, input_rows<Scalar>(g, input, vectors_of<Scalar>(g.channels), group[k].relu),
-                        DepthwiseRow<Scalar>{g, depthwise[k].data()}, pointwise[k].data(), y[k], group[k].outputs()});
+                        DepthwiseRow<Scalar>::of_vectors(g, depthwise[k].data()), pointwise[k].data(), y[k], group[k].outputs()});
     }
     while (begin < end) {
       const int64_t image = begin / rows, row = begin % rows, last = std::min(rows, row + end - begin);
@@ -238,7 +242,7 @@ void separable_forward(const Group& group, const Tensor& x, std::vector<Tensor>&
   });
 }
 
-// partial [part][out vector][in][lane] -> [C_out, C_in, 1, 1], summed over the parts in order
+// partial [part][out][in], whole vectors of each -> [C_out, C_in, 1, 1], summed over the parts in order
 template <typename Scalar>
 void write_pointwise_gradient(const Buffer<Sum<Scalar>>& partial, int64_t parts, Tensor& d_weight) {
   constexpr int64_t width = Lanes<Scalar>::width;
@@ -247,11 +251,11 @@ void write_pointwise_gradient(const Buffer<Sum<Scalar>>& partial, int64_t parts,
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t i = 0; i < size; ++i) total[i] += partial[part * size + i];
   }
-  const int64_t outputs = d_weight.size(0), inputs = d_weight.size(1), rows = vectors_of<Scalar>(inputs) * width;
+  const int64_t outputs = d_weight.size(0), inputs = d_weight.size(1), all = vectors_of<Scalar>(inputs) * width;
   const auto to = write_images<Scalar>(d_weight);
   for (int64_t out = 0; out < outputs; ++out) {
     for (int64_t in = 0; in < inputs; ++in) {
-      const double value = parts ? total[(out / width * rows + in) * width + out % width] : 0.0;
+      const double value = parts ? total[out * all + in] : 0.0;
       *to.at(out, in, 0, 0) = narrowed<Scalar>(static_cast<Sum<Scalar>>(value));
     }
   }
@@ -305,7 +309,7 @@ struct SeparableBackward {
                                    all.outputs),
               input_rows<Scalar>(all.g, all.x, all.vectors, all.relu),
               RowWriter<Scalar>(d_x, all.g.columns.inputs, all.vectors), adds,
-              {DepthwiseRow<Scalar>{all.g, all.depthwise.data()}, nullptr}} {}
+              {DepthwiseRow<Scalar>::of_channels(all.g, all.depthwise.data()), nullptr}} {}
 
   void part_of_image(const Parts& parts, int64_t part, int64_t image) {
     const auto sums = [part](Buffer<Sum<Scalar>>& partial, int64_t size) {

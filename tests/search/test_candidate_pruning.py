@@ -13,7 +13,7 @@ from tests.search.small import small_supernet
 
 
 def worth_of(supernet: Supernet) -> Worth:
-    """Later candidates are worth more, and more on later edges."""
+    """Later candidates are worth more (in this space: those with weights), and more on later edges."""
     edges, operations = list(supernet.edges()), supernet.space.operations
     return lambda candidates: [operations.index(name) + 0.01 * edges.index(edge) for edge, name in candidates]
 
@@ -48,21 +48,51 @@ def test_first_candidates_leave_with_the_last_scheduled_edges_or_at_two_thirds(f
     assert (method.first_candidate_epoch(), method.candidates.schedule.last) == (first, 11)
 
 
-def test_what_is_worth_least_leaves_on_every_live_edge() -> None:
+@pytest.mark.parametrize(
+    ("kept", "on_steps", "on_strides"),
+    [
+        (3, ["skip_connect", "dil_conv_3x3", "dil_conv_5x5"], ["avg_pool_3x3", "dil_conv_3x3", "dil_conv_5x5"]),
+        (2, ["skip_connect", "dil_conv_5x5"], ["avg_pool_3x3", "dil_conv_5x5"]),
+        (1, ["dil_conv_5x5"], ["dil_conv_5x5"]),
+    ],
+)
+def test_what_is_worth_least_leaves_on_every_live_edge_but_not_all_without_weights(
+    kept: int, on_steps: list[str], on_strides: list[str]
+) -> None:
     supernet = small_supernet(nodes=2, light=False)
     supernet.remove_edge("normal:0->2")
-    pruner = CandidatePruner(supernet, CandidateSchedule(first=0, last=1, kept=2), worth_of(supernet), lambda: True)
+    pruner = CandidatePruner(supernet, CandidateSchedule(first=0, last=1, kept=kept), worth_of(supernet), lambda: True)
     assert pruner.end_epoch(0, step=5) and not pruner.end_epoch(3, step=9)
     pruner.end_epoch(1, step=7)
-    kept = list(supernet.space.operations[-2:])
     for edge in supernet.live_edges():
         cell_type, position = supernet.locate(edge)
         flags = supernet.offered(cell_type)[position].tolist()
-        assert [name for name, left in zip(supernet.space.operations, flags, strict=True) if left] == kept
+        # a skip connection of stride 2 has weights
+        strides = cell_type == "reduce" and supernet.space.edges[position][0] < 2
+        expected = on_strides if strides else on_steps
+        assert [name for name, left in zip(supernet.space.operations, flags, strict=True) if left] == expected
         assert [op is not None for op in supernet.mixed_edges(edge)[0]._ops] == flags
     assert supernet(torch.randn(2, 1, 8, 8)).isfinite().all()
     assert {event["epoch"] for event in pruner.history} == {0, 1}
-    assert len(pruner.history) == 9 * 5  # of 7 candidates on each of 9 edges, 2 are left
+    assert len(pruner.history) == 9 * (7 - kept)  # of 7 candidates on each of 9 edges
+
+
+def test_what_has_weights_stays_where_it_is_worth_least() -> None:
+    supernet = small_supernet(nodes=2, light=False)
+    worth = worth_of(supernet)
+    pruner = CandidatePruner(
+        supernet,
+        CandidateSchedule(first=0, last=0, kept=2),
+        lambda candidates: [-worth for worth in worth(candidates)],
+        lambda: True,
+    )
+    pruner.end_epoch(0, step=5)
+    for edge in supernet.live_edges():
+        cell_type, position = supernet.locate(edge)
+        flags = supernet.offered(cell_type)[position].tolist()
+        left = [name for name, offered in zip(supernet.space.operations, flags, strict=True) if offered]
+        strides = cell_type == "reduce" and supernet.space.edges[position][0] < 2
+        assert left == ["max_pool_3x3", "skip_connect" if strides else "sep_conv_3x3"]
 
 
 def test_history_rebuilds_the_supernet() -> None:
