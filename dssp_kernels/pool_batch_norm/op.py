@@ -45,8 +45,7 @@ def pool_batch_norm(
 
     Returns:
         y [B, C, H', W'] of x's dtype and layout, and what running statistics take in: mean [C] and unbiased variance
-        [C] of p, float32 (float64 for float64), without gradients. y is differentiable twice with respect to x. Not for
-        torch.func.vmap: as in torch.nn.BatchNorm2d, statistics are written in place.
+        [C] of p, float32 (float64 for float64), without gradients. y is differentiable twice with respect to x.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -122,6 +121,7 @@ class _PoolBatchNorm(torch.autograd.Function):
         if backward_is_transformed(grad):
             return _differentiable_gradient(x, grad, ctx.arguments), *nothing
         *pool, _eps = ctx.arguments
+        positions, scale = positions.contiguous(), scale.contiguous()  # hooks on saved tensors may bring other memory
         return torch.ops.dssp_kernels.pool_batch_norm_backward(grad, x, y, positions, scale, *pool), *nothing
 
 

@@ -18,6 +18,7 @@ from dssp_kernels import (
     depthwise_conv2d,
     fuse_mixed_ops,
     mixed_sum,
+    pool_batch_norm,
     separable_conv2d,
     separable_conv2d_group,
 )
@@ -29,10 +30,18 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-ALPHA, DEPTHWISE, POINTWISE = normal(3), normal(4, 1, 3, 3), normal(5, 4, 1, 1)
+ALPHA, DEPTHWISE, POINTWISE, SCALE = normal(3), normal(4, 1, 3, 3), normal(5, 4, 1, 1), normal(4, 1, 1)
 GIVEN = SeparableConvolution(normal(4, 1, 3, 3), POINTWISE, padding=1, relu=True)
 NORMS = [nn.BatchNorm2d(4, affine=False).double(), None, nn.BatchNorm2d(4).double()]
 IMAGES = normal(3, 2, 4, 5, 5)  # what is mapped over, then [B, C, H, W]
+
+
+def pooled_with_statistics(x: Tensor) -> list[Tensor]:
+    """All results of pool_batch_norm, as images."""
+    y, mean, variance = pool_batch_norm(x, "avg", 3, padding=1, count_include_pad=False)
+    return [y, *(statistic[None, :, None, None].expand_as(y[:1]) for statistic in (mean, variance))]
+
+
 OPERATORS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {  # of x and of a parameter
     "mixed_sum": (lambda x, alpha: mixed_sum([x, x.sin(), x * x], alpha), ALPHA),
     "batch_norm_mixed_sum": (
@@ -45,6 +54,8 @@ OPERATORS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {  # o
         lambda x, weight: sum(separable_conv2d_group(x, [GIVEN._replace(depthwise=weight), GIVEN])),
         DEPTHWISE,
     ),
+    "pool_batch_norm, max": (lambda x, scale: pool_batch_norm(x * scale, "max", 3, padding=1)[0], SCALE),
+    "pool_batch_norm, avg": (lambda x, scale: torch.cat(pooled_with_statistics(x * scale)), SCALE),
 }
 operators = pytest.mark.parametrize(("compute", "parameter"), OPERATORS.values(), ids=OPERATORS)
 LAYOUTS = {
