@@ -46,6 +46,7 @@ VARIANTS = {
     WHOLE: Variant("dssp", {}),
     "raw-gates": Variant("gates not relative", {"raw_gates": True}),
     "offer-none": Variant("`none` is a candidate", {"offer_none": True}),
+    "any-kind": Variant("candidates leave whatever kind is left", {"any_kind": True}),
     "all-candidates": Variant("no candidate leaves before the paths", {"candidates_kept": 100}),  # no space has so many
     "no-paths": Variant("no hard paths: alpha and gates decide", {"path_epochs": 0}),
     "ties-by-loss": Variant("of paths that tie, the lowest loss", {"tie_break": "loss"}),

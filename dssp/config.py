@@ -300,6 +300,12 @@ class SearchConfig(_Config):
         False, "`none` is a candidate too, though a mask that closes says the same (method dssp)", "pruning"
     )
     candidates_kept: int = option(2, "candidates that every edge keeps at the end (method dssp)", "pruning", low=1)
+    any_kind: bool = option(
+        False,
+        "candidates leave an edge in the order of their worth alone; without this flag, of two or more that it keeps "
+        "one has weights and one has none, where it had such (method dssp)",
+        "pruning",
+    )
     path_epochs: int = option(
         None,
         "last epochs that train hard paths, one candidate per edge, before these are compared (method dssp); the "

@@ -99,12 +99,13 @@ MUTATIONS = [
     *of_formulas(
         "dssp_kernels/depthwise_conv/cpu_bands.h",
         "kernels/test_depthwise_conv.py",
+        ("depthwise-cpu-copies", "copy < kWeightCopies", "copy < kWeightCopies - 1"),
         ("depthwise-cpu-last-row", "for (; next < out_end; ++next)", "for (; next < out_end - 1; ++next)"),
     ),
     *of_formulas(
         "dssp_kernels/separable_conv/cpu_products.h",
         "kernels/test_separable_conv.py",
-        ("separable-cpu-pointwise", "sums[i][v] += value * g[v]", "sums[i][v] -= value * g[v]"),
+        ("separable-cpu-pointwise", "sums[i][k] += value * x[k]", "sums[i][k] -= value * x[k]"),
     ),
     *of_formulas(
         "dssp_kernels/separable_conv/cpu.cpp",
@@ -216,6 +217,7 @@ MUTATIONS = [
         "dssp/pruning/candidates.py",
         "search/test_candidate_pruning.py",
         ("candidates-worst-first", "key=lambda candidate: candidate[1]", "key=lambda candidate: -candidate[1]"),
+        ("candidates-last-of-kind", "count(has_weights[operation]) > 1", "count(has_weights[operation]) > 0"),
     ),
     *of_formulas(
         "dssp/paths/effects.py",

@@ -39,7 +39,7 @@ class Dssp(DsspPaper):
         super().__init__(config, supernet, losses)
         self.search_epochs = config.epochs - config.path_epochs
         schedule = CandidateSchedule(self.first_candidate_epoch(), config.epochs - 1, config.candidates_kept)
-        self.candidates = CandidatePruner(supernet, schedule, self._worth, self._can_derive)
+        self.candidates = CandidatePruner(supernet, schedule, self._worth, self._can_derive, any_kind=config.any_kind)
         self._groups = torch.tensor(supernet.space.gate_groups, device=supernet.classifier.weight.device)
         self.paths = HardPaths(config, supernet, losses)
 

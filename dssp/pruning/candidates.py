@@ -31,17 +31,24 @@ class CandidatePruner:
     """Removes candidates from the live edges of a supernet and remembers what left when.
 
     On every edge those leave that `worth` says are worth least: what alpha believes does not count (it favours skip
-    connections, and more so the longer it learns). Where two or more survive, they are not all of one kind: the best of
-    those with weights stays, and the best of those without. For what has weights is still being trained while it is
+    connections, and more so the longer it learns). Where two or more survive, the best of those with weights stays, and
+    the best of those without, unless they may be of `any_kind`. For what has weights is still being trained while it is
     judged and shows too little, what has none shows all it has from the first step: only the last comparison, of whole
     paths, decides between the two. One also stays if without it nothing could be derived any more, which `can_derive`
     tells of the candidates that the supernet offers.
     """
 
     def __init__(
-        self, supernet: Supernet, schedule: CandidateSchedule, worth: Worth, can_derive: Callable[[], bool]
+        self,
+        supernet: Supernet,
+        schedule: CandidateSchedule,
+        worth: Worth,
+        can_derive: Callable[[], bool],
+        *,
+        any_kind: bool = False,
     ) -> None:
         self.supernet, self.schedule, self.worth, self.can_derive = supernet, schedule, worth, can_derive
+        self.any_kind = any_kind
         self.history: list[dict[str, Any]] = []
 
     def end_epoch(self, epoch: int, step: int) -> list[str]:
@@ -53,9 +60,9 @@ class CandidatePruner:
         left = {edge: self._left(edge) for edge in self.supernet.live_edges()}
         candidates = [(edge, name) for edge, names in left.items() if len(names) > survivors for name in names]
         ranked = sorted(zip(candidates, self.worth(candidates), strict=True), key=lambda candidate: candidate[1])
-        leaving = []
+        leaving, any_kind = [], self.any_kind or survivors < 2
         for (edge, operation), _ in ranked:
-            is_spare = len(left[edge]) > survivors and (survivors < 2 or self._has_peer(edge, operation, left[edge]))
+            is_spare = len(left[edge]) > survivors and (any_kind or self._has_peer(edge, operation, left[edge]))
             if is_spare and self._is_dispensable(edge, operation):
                 left[edge].remove(operation)
                 leaving.append(f"{edge}/{operation}")
@@ -70,7 +77,7 @@ class CandidatePruner:
         return [name for name, offered in zip(self.supernet.space.operations, flags, strict=True) if offered]
 
     def _has_peer(self, edge: str, operation: str, left: Sequence[str]) -> bool:
-        """Whether among the candidates left on the edge another one has weights if this one has, or none if it has none."""
+        """Whether another candidate left on the edge has weights if this one has, or none if this one has none."""
         mixed_edge, names = self.supernet.mixed_edges(edge)[0], self.supernet.space.operations
         has_weights = {name: any(True for _ in mixed_edge._ops[names.index(name)].parameters()) for name in left}
         return list(has_weights.values()).count(has_weights[operation]) > 1

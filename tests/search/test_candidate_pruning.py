@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -77,22 +79,23 @@ def test_what_is_worth_least_leaves_on_every_live_edge_but_not_all_without_weigh
     assert len(pruner.history) == 9 * (7 - kept)  # of 7 candidates on each of 9 edges
 
 
-def test_what_has_weights_stays_where_it_is_worth_least() -> None:
+@pytest.mark.parametrize("any_kind", [False, True])
+def test_what_has_weights_stays_where_it_is_worth_least_unless_kinds_do_not_count(any_kind: bool) -> None:
     supernet = small_supernet(nodes=2, light=False)
-    worth = worth_of(supernet)
-    pruner = CandidatePruner(
-        supernet,
-        CandidateSchedule(first=0, last=0, kept=2),
-        lambda candidates: [-worth for worth in worth(candidates)],
-        lambda: True,
-    )
+    worth, schedule = worth_of(supernet), CandidateSchedule(first=0, last=0, kept=2)
+
+    def upside_down(candidates: Sequence[tuple[str, str]]) -> list[float]:
+        return [-value for value in worth(candidates)]
+
+    pruner = CandidatePruner(supernet, schedule, upside_down, lambda: True, any_kind=any_kind)
     pruner.end_epoch(0, step=5)
     for edge in supernet.live_edges():
         cell_type, position = supernet.locate(edge)
         flags = supernet.offered(cell_type)[position].tolist()
         left = [name for name, offered in zip(supernet.space.operations, flags, strict=True) if offered]
         strides = cell_type == "reduce" and supernet.space.edges[position][0] < 2
-        assert left == ["max_pool_3x3", "skip_connect" if strides else "sep_conv_3x3"]
+        with_weights = "skip_connect" if strides else "sep_conv_3x3"
+        assert left == ["max_pool_3x3", "avg_pool_3x3" if any_kind else with_weights]
 
 
 def test_history_rebuilds_the_supernet() -> None:
