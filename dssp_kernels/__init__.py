@@ -8,8 +8,7 @@ from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
 from dssp_kernels.pool_batch_norm.op import pool_batch_norm
-from dssp_kernels.separable_conv.group import SeparableConvolution, separable_conv2d_group
-from dssp_kernels.separable_conv.op import separable_conv2d
+from dssp_kernels.separable_conv.op import SeparableConvolution, separable_conv2d, separable_conv2d_group
 from dssp_kernels.separable_conv.step import SeparableStep
 from dssp_kernels.sharing import SharedOutputs, parameter_free
 

@@ -14,7 +14,7 @@ from dssp_kernels.backend import implementation_for, transforms_are_active
 from dssp_kernels.batch_norm_mixed_sum.op import batch_norm_mixed_sum
 from dssp_kernels.folding import Parts, describe, norms_shared, parts_of
 from dssp_kernels.mixed_sum.op import mixed_sum
-from dssp_kernels.separable_conv.group import separable_conv2d_group
+from dssp_kernels.separable_conv.op import separable_conv2d_group
 from dssp_kernels.sharing import SharedOutputs
 
 Candidates = tuple[list[Tensor | None], list[nn.BatchNorm2d | None]]

@@ -188,7 +188,7 @@ MUTATIONS = [
         ("separable-reference-relu", "dilation, relu), p", "dilation, False), p"),
     ),
     *of_formulas(
-        "dssp_kernels/separable_conv/group.py",
+        "dssp_kernels/separable_conv/op.py",
         "kernels/test_separable_conv_group.py",
         ("separable-group-unused", "need and grad is not None for need", "need for need"),
     ),

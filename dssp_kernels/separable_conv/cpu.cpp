@@ -1,11 +1,11 @@
-// separable_conv2d on the CPU: y = conv2d(conv2d(relu(x), depthwise, groups = C), pointwise), a row at a time.
+// separable_conv2d_group on the CPU: y = conv2d(conv2d(relu(x), depthwise, groups = C), pointwise), a row at a time.
 //
 // A row of the depthwise convolution lives in the nearest cache just long enough to be multiplied by the pointwise
 // weights: the map between the two convolutions never exists in memory. The gradient for the pointwise weights computes
 // its rows again; the gradient for the depthwise convolution reads rows of the output's gradient already taken through
 // the pointwise weights.
 //
-// Convolutions of the same x may run as a group, a single one is a group of one.
+// All convolutions of a group have the same x.
 //
 // Registered for the CPU key through the LibTorch stable ABI (torch >= 2.10); op.py has checked the arguments.
 
@@ -410,22 +410,6 @@ Gradients backward(const std::vector<std::optional<Tensor>>& grads, const Tensor
   return found;
 }
 
-Tensor separable_conv2d_forward(Tensor x, Tensor depthwise, Tensor pointwise, Pair stride, Pair padding, Pair dilation,
-                                bool relu) {
-  return forward(x, group_of(x, {depthwise}, {pointwise}, stride, padding, dilation, {relu}))[0];
-}
-
-std::tuple<Tensor, Tensor, Tensor> separable_conv2d_backward(Tensor grad, Tensor x, Tensor depthwise, Tensor pointwise,
-                                                             Pair stride, Pair padding, Pair dilation, bool relu,
-                                                             bool needs_input_grad, bool needs_depthwise_grad,
-                                                             bool needs_pointwise_grad) {
-  const Group group = group_of(x, {depthwise}, {pointwise}, stride, padding, dilation, {relu});
-  const Gradients found =
-      backward({grad}, x, group, needs_input_grad, {needs_depthwise_grad}, {needs_pointwise_grad});
-  return {found.x, needs_depthwise_grad ? found.depthwise[0] : no_elements(x),
-          needs_pointwise_grad ? found.pointwise[0] : no_elements(x)};
-}
-
 std::vector<Tensor> separable_conv2d_group_forward(Tensor x, std::vector<Tensor> depthwise,
                                                    std::vector<Tensor> pointwise, Pair strides, Pair paddings,
                                                    Pair dilations, std::vector<bool> relu) {
@@ -445,8 +429,6 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> separable_conv2d_gr
 }  // namespace dssp
 
 STABLE_TORCH_LIBRARY_IMPL(dssp_kernels, CPU, library) {
-  library.impl("separable_conv2d_forward", TORCH_BOX(&dssp::separable_conv2d_forward));
-  library.impl("separable_conv2d_backward", TORCH_BOX(&dssp::separable_conv2d_backward));
   library.impl("separable_conv2d_group_forward", TORCH_BOX(&dssp::separable_conv2d_group_forward));
   library.impl("separable_conv2d_group_backward", TORCH_BOX(&dssp::separable_conv2d_group_backward));
 }

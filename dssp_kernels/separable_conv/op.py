@@ -1,9 +1,13 @@
-"""separable_conv2d: the public function, the autograd.Function and the registered operators."""
+"""separable_conv2d and separable_conv2d_group: the public functions, the autograd.Function, the registered operators.
+
+To autograd and the kernels, a single convolution is a group of one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +15,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dssp_kernels.backend import WHY_NO_CPU_KERNELS, backward_is_transformed, implementation_for
-from dssp_kernels.depthwise_conv.arguments import Pair, autocast, checked_convolution, layout_of, output_size
+from dssp_kernels.depthwise_conv.arguments import Pair, autocast, layout_of, output_size
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
+from dssp_kernels.separable_conv.arguments import check_dtypes, checked_separable
 from dssp_kernels.separable_conv.reference import separable_conv2d_reference
+
+_T = TypeVar("_T")
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]
+"""Strides, paddings and dilations, two per convolution, and one relu."""
 
 
 def separable_conv2d(
@@ -58,101 +67,187 @@ def separable_conv2d(
     if x.device.type == "meta" or implementation_for(x.device) != "cpu":
         y = depthwise_conv2d(x, depthwise, stride=strides, padding=paddings, dilation=dilations, relu=relu)
         return F.conv2d(y, pointwise)
-    return _SeparableConv2d.apply(x, depthwise, pointwise, strides, paddings, dilations, relu)
+    geometry = list(strides), list(paddings), list(dilations), [relu]
+    return _SeparableConv2dGroup.apply(x, geometry, depthwise, pointwise)[0]
 
 
-def checked_separable(
-    x: Tensor,
-    depthwise: Tensor,
-    pointwise: Tensor,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-) -> tuple[Pair, Pair, Pair]:
-    """stride, padding and dilation as pairs; TypeError or ValueError for arguments of another kind or shape."""
-    pairs = checked_convolution(x, depthwise, stride, padding, dilation)
-    if not isinstance(pointwise, Tensor):
-        raise TypeError(f"pointwise: expected a tensor, got {type(pointwise).__name__}")
-    if pointwise.dim() != 4 or pointwise.shape[0] == 0 or tuple(pointwise.shape[1:]) != (x.shape[1], 1, 1):
-        raise ValueError(
-            f"pointwise: expected shape [C_out, C, 1, 1] with C = {x.shape[1]} as in x, got {list(pointwise.shape)}"
-        )
-    if pointwise.device != x.device or pointwise.layout is not torch.strided:
-        raise ValueError(
-            f"pointwise: expected a dense tensor on x's device {x.device}, got {pointwise.layout} on {pointwise.device}"
-        )
-    return pairs
+class SeparableConvolution(NamedTuple):
+    """What separable_conv2d() takes beside x."""
+
+    depthwise: Tensor
+    pointwise: Tensor
+    stride: int | Sequence[int] = 1
+    padding: int | Sequence[int] = 0
+    dilation: int | Sequence[int] = 1
+    relu: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """separable_conv2d() of x."""
+        depthwise, pointwise, stride, padding, dilation, relu = self
+        return separable_conv2d(x, depthwise, pointwise, stride=stride, padding=padding, dilation=dilation, relu=relu)
 
 
-def check_dtypes(x: Tensor, depthwise: Tensor, pointwise: Tensor) -> None:
-    """TypeError for weights that are not of x's dtype. Autocast comes first."""
-    for name, weight in (("depthwise", depthwise), ("pointwise", pointwise)):
-        if weight.dtype != x.dtype:
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {weight.dtype}")
+def separable_conv2d_group(x: Tensor, convolutions: Sequence[SeparableConvolution]) -> list[Tensor]:
+    """Separable convolutions of the same x, such as those that the candidates on an edge of DARTS' supernet start with:
+
+        y_k = convolutions[k](x)
+
+    To autograd they are one operation. Backward, an image goes through one convolution after the other, and each adds
+    its gradient to those before it while they are in the cache. A result that nobody used costs nothing then.
+
+    Args:
+        x: [B, C, H, W], as in separable_conv2d().
+        convolutions: at least one. They may differ in everything but C.
+
+    Returns:
+        A list of what separable_conv2d() returns for each, bit for bit. Where there are no C++ kernels, it does run.
+
+    Differentiable twice with respect to x and all weights. Bit-reproducible on any number of threads. Gradients of x
+    are added in the order of the convolutions, in float32 (float64 for float64), and rounded to x's dtype after each.
+
+    Raises:
+        TypeError, ValueError: naming the convolution and the argument, what came and what was expected.
+        RuntimeError: the backend asked for with set_backend() cannot run on this device.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not isinstance(convolutions, (list, tuple)) or isinstance(convolutions, SeparableConvolution):
+        raise TypeError(f"convolutions: expected a list or tuple of them, got {type(convolutions).__name__}")
+    if not convolutions:
+        raise ValueError("convolutions: expected at least one, got none")
+    for k, convolution in enumerate(convolutions):
+        if not isinstance(convolution, SeparableConvolution):
+            raise TypeError(f"convolutions[{k}]: expected a SeparableConvolution, got {type(convolution).__name__}")
+    if x.device.type == "meta" or implementation_for(x.device) != "cpu":
+        return [_named(k, convolution, x) for k, convolution in enumerate(convolutions)]
+    pairs = [_named(k, checked_separable, x, *convolution[:5]) for k, convolution in enumerate(convolutions)]
+    depthwise, pointwise, *_, relu = zip(*convolutions, strict=True)
+    x, *weights = autocast(x, *depthwise, *pointwise)
+    for k, of_one in enumerate(zip(*_halves(weights), strict=True)):
+        _named(k, check_dtypes, x, *of_one)
+    strides, paddings, dilations = ([size for pair in of_all for size in pair] for of_all in zip(*pairs, strict=True))
+    return list(_SeparableConv2dGroup.apply(x, (strides, paddings, dilations, list(relu)), *weights))
+
+
+def _named(k: int, check: Callable[..., _T], *arguments: Any) -> _T:
+    """check(*arguments), whose errors then name the convolution."""
+    try:
+        return check(*arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"convolutions[{k}]: {error}") from None
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _SeparableConv2d(torch.autograd.Function):
+def _halves(values: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
+    """What concerns the depthwise weights of all convolutions, and what the pointwise ones."""
+    return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+class _SeparableConv2dGroup(torch.autograd.Function):
     """Saves x as it came and the weights, nothing else."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        depthwise: Tensor,
-        pointwise: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        relu: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(x, depthwise, pointwise)
-        ctx.arguments = (stride, padding, dilation, relu)
-        return torch.ops.dssp_kernels.separable_conv2d_forward(x, depthwise, pointwise, *ctx.arguments)
+    def forward(ctx: Any, x: Tensor, geometry: Geometry, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        ctx.geometry = geometry
+        depthwise, pointwise = _halves(weights)
+        results = torch.ops.dssp_kernels.separable_conv2d_group_forward(x, depthwise, pointwise, *geometry)
+        if not x.requires_grad:  # what depends on frozen weights alone is no business of autograd's
+            pairs = zip(results, depthwise, pointwise, strict=True)
+            ctx.mark_non_differentiable(*(y for y, d, p in pairs if not (d.requires_grad or p.requires_grad)))
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
-        if backward_is_transformed(grad):
-            return *_differentiable_gradients(ctx, grad), None, None, None, None
-        found = torch.ops.dssp_kernels.separable_conv2d_backward(grad, *ctx.saved_tensors, *ctx.arguments, *needed)
-        return *(d if need else None for d, need in zip(found, needed, strict=True)), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        arrived = [grad for grad in grads if grad is not None]
+        needs_input, _, *needs_weights = ctx.needs_input_grad
+        needs_input = needs_input and bool(arrived)
+        needs_weights = [need and grad is not None for need, grad in zip(needs_weights, (*grads, *grads), strict=True)]
+        if not (needs_input or any(needs_weights)):
+            return (None,) * (2 + len(needs_weights))
+        x, *weights = ctx.saved_tensors
+        given = (grads, x, *_halves(weights), *ctx.geometry, needs_input, *_halves(needs_weights))
+        if any(backward_is_transformed(grad) for grad in arrived):
+            found = _reference_gradients(*given, create_graph=torch.is_grad_enabled())
+        else:
+            found = torch.ops.dssp_kernels.separable_conv2d_group_backward(*given)
+        d_x, *d_weights = found
+        gradients = itertools.chain(*d_weights)
+        return d_x if needs_input else None, None, *(next(gradients) if need else None for need in needs_weights)
 
 
-def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Gradients for (x, depthwise, pointwise) that can be differentiated and batched: autograd on the reference.
+def _reference_gradients(
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    dilations: Sequence[int],
+    relu: Sequence[bool],
+    needs_input: bool,
+    needs_depthwise: Sequence[bool],
+    needs_pointwise: Sequence[bool],
+    *,
+    create_graph: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradients of x, and of the weights that need one, that can be differentiated: autograd on the reference.
 
     Fresh views stand for the inputs, so that a weight computed from x does not count twice.
     """
-    needed = ctx.needs_input_grad[:3]
-    recorded = torch.is_grad_enabled()
+
+    def fresh(tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_()
+
     with torch.enable_grad():
-        inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
-        y = separable_conv2d_reference(*inputs, *ctx.arguments)
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=recorded))
-    return [next(found) if need else None for need in needed]
+        x, depthwise, pointwise = fresh(x), [fresh(w) for w in depthwise], [fresh(w) for w in pointwise]
+        convolutions = _one_by_one(depthwise, pointwise, strides, paddings, dilations, relu)
+        results = [
+            separable_conv2d_reference(x, *convolution)
+            for convolution, grad in zip(convolutions, grads, strict=True)
+            if grad is not None
+        ]
+    wanted = [x] if needs_input else []
+    for weights, needed in ((depthwise, needs_depthwise), (pointwise, needs_pointwise)):
+        wanted += [weight for weight, need in zip(weights, needed, strict=True) if need]
+    arrived = [grad for grad in grads if grad is not None]
+    found = list(torch.autograd.grad(results, wanted, arrived, create_graph=create_graph))
+    d_x = found.pop(0) if needs_input else None
+    return d_x, found[: sum(needs_depthwise)], found[sum(needs_depthwise) :]
+
+
+def _one_by_one(
+    depthwise: Sequence[Any],
+    pointwise: Sequence[Any],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    dilations: Sequence[int],
+    relu: Sequence[bool],
+) -> Iterator[tuple[Any, Any, Pair, Pair, Pair, bool]]:
+    """The arguments of each convolution as separable_conv2d_reference() takes them."""
+    pairs = (zip(sizes[::2], sizes[1::2], strict=True) for sizes in (strides, paddings, dilations))
+    return zip(depthwise, pointwise, *pairs, relu, strict=True)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("dssp_kernels", "FRAGMENT")
-_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, bool relu"
+_GROUP = "Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] strides, int[] paddings, int[] dilations, bool[] relu"
 _library.define(
-    f"separable_conv2d_forward(Tensor x, Tensor depthwise, Tensor pointwise, {_GEOMETRY}) -> Tensor",
+    f"separable_conv2d_group_forward({_GROUP}) -> Tensor[]",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 _library.define(
-    f"separable_conv2d_backward(Tensor grad, Tensor x, Tensor depthwise, Tensor pointwise, {_GEOMETRY}, "
-    "bool needs_input_grad, bool needs_depthwise_grad, bool needs_pointwise_grad) -> (Tensor, Tensor, Tensor)",
+    f"separable_conv2d_group_backward(Tensor?[] grads, {_GROUP}, bool needs_input_grad, bool[] needs_depthwise_grad, "
+    "bool[] needs_pointwise_grad) -> (Tensor, Tensor[], Tensor[])",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
 
-@torch.library.register_fake("dssp_kernels::separable_conv2d_forward", lib=_library)
-def empty_result(
+def _empty_result(
     x: Tensor,
     depthwise: Tensor,
     pointwise: Tensor,
@@ -167,45 +262,48 @@ def empty_result(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
-@torch.library.register_fake("dssp_kernels::separable_conv2d_backward", lib=_library)
+@torch.library.register_fake("dssp_kernels::separable_conv2d_group_forward", lib=_library)
+def _forward_fake(x: Tensor, *group: Any) -> list[Tensor]:
+    return [_empty_result(x, *convolution) for convolution in _one_by_one(*group)]
+
+
+@torch.library.register_fake("dssp_kernels::separable_conv2d_group_backward", lib=_library)
 def _backward_fake(
-    grad: Tensor, x: Tensor, depthwise: Tensor, pointwise: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    _grads: Sequence[Tensor | None],
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    *arguments: Any,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     needs_input, needs_depthwise, needs_pointwise = arguments[-3:]
     return (
         torch.empty_like(x, memory_format=layout_of(x)) if needs_input else x.new_empty(0),
-        x.new_empty(depthwise.shape) if needs_depthwise else x.new_empty(0),
-        x.new_empty(pointwise.shape) if needs_pointwise else x.new_empty(0),
+        [x.new_empty(weight.shape) for weight, need in zip(depthwise, needs_depthwise, strict=True) if need],
+        [x.new_empty(weight.shape) for weight, need in zip(pointwise, needs_pointwise, strict=True) if need],
     )
 
 
-def _reference_forward(x: Tensor, *arguments: Any) -> Tensor:
+def _reference_forward(x: Tensor, *group: Any) -> list[Tensor]:
     """The registered forward where no kernels are there."""
-    return separable_conv2d_reference(x, *arguments).contiguous(memory_format=layout_of(x))
+    results = (separable_conv2d_reference(x, *convolution) for convolution in _one_by_one(*group))
+    return [y.contiguous(memory_format=layout_of(x)) for y in results]
 
 
-def _reference_backward(
-    grad: Tensor, x: Tensor, depthwise: Tensor, pointwise: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    """The registered backward where no kernels are there: autograd on the reference formula."""
-    *geometry, needs_input, needs_depthwise, needs_pointwise = arguments
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (x, depthwise, pointwise)]
-        y = separable_conv2d_reference(*inputs, *geometry)  # type: ignore[arg-type]  # one list, many types
-        d_x, d_depthwise, d_pointwise = torch.autograd.grad(y, inputs, grad)
+def _reference_backward(grads: Sequence[Tensor | None], x: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    """The registered backward where no kernels are there."""
+    d_x, *d_weights = _reference_gradients(grads, x, *arguments, create_graph=False)
     return (
-        d_x.contiguous(memory_format=layout_of(x)) if needs_input else x.new_empty(0),
-        d_depthwise.contiguous() if needs_depthwise else x.new_empty(0),
-        d_pointwise.contiguous() if needs_pointwise else x.new_empty(0),
+        x.new_empty(0) if d_x is None else d_x.contiguous(memory_format=layout_of(x)),
+        *([d_weight.contiguous() for d_weight in of_all] for of_all in d_weights),
     )
 
 
 for _key in ("CUDA",) if WHY_NO_CPU_KERNELS is None else ("CPU", "CUDA"):
-    _library.impl("separable_conv2d_forward", _reference_forward, _key)
-    _library.impl("separable_conv2d_backward", _reference_backward, _key)
+    _library.impl("separable_conv2d_group_forward", _reference_forward, _key)
+    _library.impl("separable_conv2d_group_backward", _reference_backward, _key)
 
 
-def multiply_adds(x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *geometry: Any) -> tuple[int, int]:
+def _multiply_adds(x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *geometry: Any) -> tuple[int, int]:
     """Of the depthwise and of the pointwise convolution."""
     stride, padding, dilation = geometry
     rows, columns = (
@@ -215,21 +313,25 @@ def multiply_adds(x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *geo
     return pixels * torch.Size(depthwise_shape).numel(), pixels * torch.Size(pointwise_shape).numel()
 
 
-@register_flop_formula(torch.ops.dssp_kernels.separable_conv2d_forward)
-def _forward_flops(x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *arguments: Any, **_keywords: Any) -> int:
+@register_flop_formula(torch.ops.dssp_kernels.separable_conv2d_group_forward)
+def _forward_flops(x_shape: Any, *group: Any, **_keywords: Any) -> int:
     """A multiplication and an addition per output element and tap of both, as torch counts convolutions."""
-    return 2 * sum(multiply_adds(x_shape, depthwise_shape, pointwise_shape, *arguments[:3]))
+    return 2 * sum(sum(_multiply_adds(x_shape, *convolution[:5])) for convolution in _one_by_one(*group))
 
 
-@register_flop_formula(torch.ops.dssp_kernels.separable_conv2d_backward)
-def _backward_flops(
-    _grad_shape: Any, x_shape: Any, depthwise_shape: Any, pointwise_shape: Any, *arguments: Any, **_keywords: Any
-) -> int:
+@register_flop_formula(torch.ops.dssp_kernels.separable_conv2d_group_backward)
+def _backward_flops(grads_shape: Sequence[Any], x_shape: Any, *arguments: Any, **_keywords: Any) -> int:
     """What two convolutions would take for each gradient asked for; rows computed again are not counted."""
-    return backward_flops(*multiply_adds(x_shape, depthwise_shape, pointwise_shape, *arguments[:3]), *arguments[4:7])
+    *group, needs_input, needs_depthwise, needs_pointwise = arguments
+    convolutions = zip(_one_by_one(*group), grads_shape, needs_depthwise, needs_pointwise, strict=True)
+    return sum(
+        _backward_flops_of_one(*_multiply_adds(x_shape, *convolution[:5]), needs_input, *needed)
+        for convolution, grad, *needed in convolutions
+        if grad is not None
+    )
 
 
-def backward_flops(
+def _backward_flops_of_one(
     depthwise: int, pointwise: int, needs_input: bool, needs_depthwise: bool, needs_pointwise: bool
 ) -> int:
     """From the multiply-adds of the depthwise and of the pointwise convolution."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dssp_kernels.depthwise_conv.arguments import has_channels_last
-from dssp_kernels.separable_conv.group import SeparableConvolution
+from dssp_kernels.separable_conv.op import SeparableConvolution
 
 
 @dataclass(eq=False)

@@ -169,7 +169,7 @@ def test_phases_are_timed_in_turns_and_the_first_round_is_not_counted() -> None:
         ("aten::mkldnn_convolution", [[4, 1, 6, 6], [24, 1, 3, 3], []], "other convolution"),  # stem of one channel
         ("aten::_slow_conv2d_backward", [[4, 8, 6, 6], [4, 8, 6, 6], [8, 8, 1, 1], []], "other convolution"),
         ("dssp_kernels::depthwise_conv2d_backward", [], "depthwise convolution"),
-        ("dssp_kernels::separable_conv2d_forward", [], "depthwise convolution"),
+        ("dssp_kernels::separable_conv2d_group_forward", [], "depthwise convolution"),
         ("dssp_kernels::batch_norm_mixed_sum_forward", [], "mix"),
         ("aten::native_batch_norm_backward", [], "BatchNorm"),
         ("aten::mul", [], "mix"),

@@ -265,7 +265,7 @@ def _operators_run(candidate: nn.Module, x: Tensor) -> set[str]:
 
 
 DEPTHWISE = "dssp_kernels::depthwise_conv2d_forward"
-SEPARABLE = "dssp_kernels::separable_conv2d_forward"
+SEPARABLE = "dssp_kernels::separable_conv2d_group_forward"
 
 
 def separable_norm(relu: nn.Module | None = None, **changes: object) -> nn.Sequential:

@@ -138,10 +138,13 @@ def test_only_the_gradients_needed_are_computed(backend: str, needed: tuple[int,
 )
 def test_opcheck(layout: str, needs: tuple[bool, ...]) -> None:
     tensors = LAYOUTS[layout](normal(2, 5, 7, 6)), *weights(5, 4)
-    arguments = ([2, 1], [1, 2], [1, 2], True)
-    opcheck(torch.ops.dssp_kernels.separable_conv2d_forward, (*tensors, *arguments))
+    x, depthwise, pointwise = tensors
+    arguments = (x, [depthwise], [pointwise], [2, 1], [1, 2], [1, 2], [True])
+    opcheck(torch.ops.dssp_kernels.separable_conv2d_group_forward, arguments)
     grad = normal(*separable_conv2d(*tensors, stride=(2, 1), padding=(1, 2), dilation=(1, 2)).shape)
-    opcheck(torch.ops.dssp_kernels.separable_conv2d_backward, (grad, *tensors, *arguments, *map(bool, needs)))
+    needs_x, needs_depthwise, needs_pointwise = map(bool, needs)
+    needed = (needs_x, [needs_depthwise], [needs_pointwise])
+    opcheck(torch.ops.dssp_kernels.separable_conv2d_group_backward, ([grad], *arguments, *needed))
 
 
 def test_compiles_without_graph_breaks() -> None:
