@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import sysconfig
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -12,7 +11,7 @@ from setuptools import Extension, setup
 
 TORCH_2_10 = "0x020A000000000000"  # the oldest LibTorch stable ABI we run on: one build serves it and every later torch
 
-# Packs of two vectors, as with AVX-512: so every machine tests what those do.
+# For the baseline alone, but with packs of two vectors, as with AVX-512: so every machine tests what those do.
 PACKS = "-DDSSP_VECTORS_IN_A_PACK=2"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 BUILDS = {  # DSSP_BUILD names one
@@ -32,10 +31,6 @@ def installed_torch() -> Path | None:
 def cpu_kernels(torch: Path, build: str) -> Extension:
     compile_args = [*BUILDS[build], "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
     compile_args += ["-Wall", "-Wno-psabi"]  # vectors are only passed to functions that are inlined
-    if build == "release" and platform.machine() == "x86_64" and platform.system() == "Linux":
-        # Baseline, AVX2 and AVX-512 in one file, chosen at run time. Not under the sanitizers: what chooses runs while
-        # the library is being relocated, before they are ready. All three are compiled from the same loops.
-        compile_args.append("-DDSSP_INSTRUCTION_SET_CLONES")
     return Extension(
         "dssp_kernels._cpu",
         sources=sorted(str(path) for path in Path("dssp_kernels").glob("*/cpu.cpp")),

@@ -1,8 +1,7 @@
 // Vectors of storage scalars (float, double, bfloat16, half) widened to the type sums are kept in.
 //
-// GCC/Clang vector extensions rather than intrinsics: one source serves every instruction set, and DSSP_CLONES compiles
-// a function for the x86-64 baseline, AVX2 and AVX-512 and picks one when the library is loaded. DSSP_PACKED_LOOP does so
-// with a loop that takes several vectors at a time: as many as a register of AVX-512 holds, elsewhere one.
+// GCC/Clang vector extensions rather than intrinsics: one source serves every instruction set, and with_best_vectors()
+// runs what it was compiled to for the best one that this machine has.
 #pragma once
 
 #include <cstdint>
@@ -14,20 +13,7 @@
 #endif
 
 #define DSSP_INLINE inline __attribute__((always_inline))
-#ifndef DSSP_VECTORS_IN_A_PACK
-#define DSSP_VECTORS_IN_A_PACK 1
-#endif
-#ifdef DSSP_INSTRUCTION_SET_CLONES
-#define DSSP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define DSSP_PACKED_LOOP(name, Work, loop)                                                             \
-  [[maybe_unused]] __attribute__((target("arch=x86-64-v4"))) void name(const Work& w) { loop<2>(w); } \
-  [[maybe_unused]] __attribute__((target("arch=x86-64-v3"))) void name(const Work& w) { loop<1>(w); } \
-  [[maybe_unused]] __attribute__((target("default"))) void name(const Work& w) { loop<1>(w); }
-#else
-#define DSSP_CLONES
-#define DSSP_PACKED_LOOP(name, Work, loop) \
-  [[maybe_unused]] void name(const Work& w) { loop<DSSP_VECTORS_IN_A_PACK>(w); }
-#endif
+#define DSSP_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace dssp {
 
@@ -148,16 +134,70 @@ struct Pack<S, 1> {
 template <typename S>
 struct Pack<S, 2> {
   using Vector = std::conditional_t<sizeof(S) == sizeof(float), Vector16f, Vector8d>;
+  struct Parts {
+    typename Lanes<S>::Vector first, second;
+  };
   static DSSP_INLINE Vector load(const S* from) { return load_unaligned<Vector>(from); }
   static DSSP_INLINE typename Lanes<S>::Vector part(Vector value, int i) {
-    if constexpr (sizeof(S) == sizeof(float)) {
-      return i ? __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15)
-               : __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7);
-    } else {
-      return i ? __builtin_shufflevector(value, value, 4, 5, 6, 7) : __builtin_shufflevector(value, value, 0, 1, 2, 3);
-    }
+    const Parts parts = bit_cast<Parts>(value);
+    return i ? parts.second : parts.first;
   }
 };
+
+// ---- instruction sets --------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__) && !defined(DSSP_VECTORS_IN_A_PACK)
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+inline InstructionSet best_instruction_set() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return InstructionSet::kBaseline;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has_avx512 ? InstructionSet::kAvx512 : InstructionSet::kAvx2;
+}
+
+inline const InstructionSet kInstructionSet = best_instruction_set();
+
+// Everything in `loop` is inlined here, and so compiled for this instruction set.
+template <typename Loop>
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) auto with_avx512(const Loop& loop) {
+  return loop(std::integral_constant<int, 2>());
+}
+
+template <typename Loop>
+__attribute__((target("avx2,fma"))) auto with_avx2(const Loop& loop) {
+  return loop(std::integral_constant<int, 1>());
+}
+
+template <typename Loop>
+auto with_baseline(const Loop& loop) {
+  return loop(std::integral_constant<int, 1>());
+}
+
+// loop(pack), where pack() vectors fill a register. `loop` is a DSSP_INLINE_LAMBDA that calls nothing but DSSP_INLINE.
+template <typename Loop>
+DSSP_INLINE auto with_best_vectors(const Loop& loop) {
+  switch (kInstructionSet) {
+    case InstructionSet::kAvx512: return with_avx512(loop);
+    case InstructionSet::kAvx2: return with_avx2(loop);
+    default: return with_baseline(loop);
+  }
+}
+
+#else
+
+#ifndef DSSP_VECTORS_IN_A_PACK
+#define DSSP_VECTORS_IN_A_PACK 1
+#endif
+
+template <typename Loop>
+DSSP_INLINE auto with_best_vectors(const Loop& loop) {
+  return loop(std::integral_constant<int, DSSP_VECTORS_IN_A_PACK>());
+}
+
+#endif
 
 // The last few elements, fewer than a vector: through a padded copy, so that no byte outside the array is touched.
 template <typename Scalar>

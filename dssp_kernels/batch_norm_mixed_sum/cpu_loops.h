@@ -327,33 +327,41 @@ DSSP_INLINE void write_gradients(const Scalar* grad, const Gradient<Scalar>* ent
   }
 }
 
-// target_clones takes no templates: one plain function per storage type, compiled for every instruction set.
-#define DSSP_BATCH_NORM_LOOPS(Scalar)                                                                                 \
-  DSSP_CLONES void deviations_loop(const Scalar* input, const Walk& walk, int64_t first, int64_t last,                \
-                                   LaneDeviations& sums) {                                                            \
-    sum_deviations<Scalar>(input, walk, first, last, sums);                                                           \
-  }                                                                                                                   \
-  DSSP_CLONES void terms_loop(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant,                  \
-                              const Walk& walk, int64_t first, int64_t last, Scalar* out, bool add, bool streamed) {  \
-    add        ? add_terms<true, false, Scalar>(terms, count, constant, walk, first, last, out)                       \
-    : streamed ? add_terms<false, true, Scalar>(terms, count, constant, walk, first, last, out)                       \
-               : add_terms<false, false, Scalar>(terms, count, constant, walk, first, last, out);                     \
-    if (streamed) finish_streaming();                                                                                 \
-  }                                                                                                                   \
-  DSSP_CLONES void products_loop(const Scalar* grad, const Term<Scalar>* terms, int64_t count, bool sum_grad,         \
-                                 const Walk& walk, int64_t first, int64_t last, double* sums) {                       \
-    sum_products<Scalar>(grad, terms, count, sum_grad, walk, first, last, sums);                                      \
-  }                                                                                                                   \
-  DSSP_CLONES void gradients_loop(const Scalar* grad, const Gradient<Scalar>* entries, int64_t count,                 \
-                                  const Walk& walk, int64_t first, int64_t last, bool streamed) {                     \
-    streamed ? write_gradients<true, Scalar>(grad, entries, count, walk, first, last)                                 \
-             : write_gradients<false, Scalar>(grad, entries, count, walk, first, last);                               \
-    if (streamed) finish_streaming();                                                                                 \
-  }
-DSSP_BATCH_NORM_LOOPS(float)
-DSSP_BATCH_NORM_LOOPS(double)
-DSSP_BATCH_NORM_LOOPS(BFloat16)
-DSSP_BATCH_NORM_LOOPS(Half)
+// ---- the same, as calls --------------------------------------------------------------------------------------------
+
+template <typename Scalar>
+void deviations_loop(const Scalar* input, const Walk& walk, int64_t first, int64_t last, LaneDeviations& sums) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { sum_deviations<Scalar>(input, walk, first, last, sums); });
+}
+
+template <typename Scalar>
+void terms_loop(const Term<Scalar>* terms, int64_t count, const Sum<Scalar>* constant, const Walk& walk, int64_t first,
+                int64_t last, Scalar* out, bool add, bool streamed) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA {
+    add        ? add_terms<true, false, Scalar>(terms, count, constant, walk, first, last, out)
+    : streamed ? add_terms<false, true, Scalar>(terms, count, constant, walk, first, last, out)
+               : add_terms<false, false, Scalar>(terms, count, constant, walk, first, last, out);
+    if (streamed) finish_streaming();
+  });
+}
+
+template <typename Scalar>
+void products_loop(const Scalar* grad, const Term<Scalar>* terms, int64_t count, bool sum_grad, const Walk& walk,
+                   int64_t first, int64_t last, double* sums) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA {
+    sum_products<Scalar>(grad, terms, count, sum_grad, walk, first, last, sums);
+  });
+}
+
+template <typename Scalar>
+void gradients_loop(const Scalar* grad, const Gradient<Scalar>* entries, int64_t count, const Walk& walk, int64_t first,
+                    int64_t last, bool streamed) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA {
+    streamed ? write_gradients<true, Scalar>(grad, entries, count, walk, first, last)
+             : write_gradients<false, Scalar>(grad, entries, count, walk, first, last);
+    if (streamed) finish_streaming();
+  });
+}
 
 }  // namespace
 }  // namespace dssp

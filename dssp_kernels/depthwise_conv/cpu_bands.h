@@ -79,7 +79,7 @@ struct RowRing : Ring<Sum<Scalar>> {
   // Make rows first..last available, as far as they exist; rows come in ascending order.
   void load(int64_t first, int64_t last) {
     for (next = std::max(next, first); next <= std::min(last, rows - 1); ++next) {
-      load_row_loop({source.at(image, block.first, next, 0), source.channel, source.column, block.channels, columns,
+      load_row_loop<Scalar>({source.at(image, block.first, next, 0), source.channel, source.column, block.channels, columns,
                      this->data() + this->offset(next), this->vector_size()},
                     relu, next + 1 < rows ? source.row : 0);
     }
@@ -114,10 +114,10 @@ struct RowWriter {
     c.result_column = width;
     const int64_t to_next = step * target.column;
     if (c.adds) {
-      load_row_loop({to, target.channel, to_next, block.channels, c.columns, buffer.data(), c.result_vector}, false, 0);
+      load_row_loop<Scalar>({to, target.channel, to_next, block.channels, c.columns, buffer.data(), c.result_vector}, false, 0);
     }
     correlate_loop(c);
-    store_row_loop({to, target.channel, to_next, block.channels, c.columns, buffer.data(), c.result_vector});
+    store_row_loop<Scalar>({to, target.channel, to_next, block.channels, c.columns, buffer.data(), c.result_vector});
   }
 };
 

@@ -28,7 +28,7 @@ struct Reads {
   int64_t first, count, step, source, source_step;
 };
 
-Reads without_outside(Reads reads, int64_t sources) {
+inline Reads without_outside(Reads reads, int64_t sources) {
   while (reads.count > 0 && (reads.source < 0 || reads.source >= sources)) {
     reads.first += reads.step;
     reads.source += reads.source_step;
@@ -43,12 +43,12 @@ Reads without_outside(Reads reads, int64_t sources) {
 }
 
 // Output o of the convolution reads inputs.
-Reads forward_reads(const Axis& axis, int64_t o) {
+inline Reads forward_reads(const Axis& axis, int64_t o) {
   return {0, axis.taps, 1, o * axis.stride - axis.padding, axis.dilation};
 }
 
 // Input i gets its gradient from those outputs (i + padding - tap * dilation) / stride that are whole numbers.
-Reads backward_reads(const Axis& axis, int64_t i) {
+inline Reads backward_reads(const Axis& axis, int64_t i) {
   const int64_t step = axis.stride / std::gcd(axis.stride, axis.dilation);
   for (int64_t tap = 0; tap < std::min(step, axis.taps); ++tap) {
     const int64_t scaled = i + axis.padding - tap * axis.dilation;
@@ -362,20 +362,27 @@ DSSP_INLINE void contribute(const Contribution<S>& c) {
   }
 }
 
-// target_clones takes no templates: plain functions, compiled for every instruction set.
-#define DSSP_ROW_LOOPS(Scalar)                                                                                 \
-  DSSP_CLONES void load_row_loop(const Row<const Scalar, Sum<Scalar>>& row, bool relu, int64_t ahead) {        \
-    load_row<Scalar>(row, relu, ahead);                                                                        \
-  }                                                                                                            \
-  DSSP_CLONES void store_row_loop(const Row<Scalar, const Sum<Scalar>>& row) { store_row<Scalar>(row); }
-DSSP_ROW_LOOPS(float)
-DSSP_ROW_LOOPS(double)
-DSSP_ROW_LOOPS(BFloat16)
-DSSP_ROW_LOOPS(Half)
-DSSP_PACKED_LOOP(correlate_loop, Correlation<float>, correlate)
-DSSP_PACKED_LOOP(correlate_loop, Correlation<double>, correlate)
-DSSP_PACKED_LOOP(contribute_loop, Contribution<float>, contribute)
-DSSP_PACKED_LOOP(contribute_loop, Contribution<double>, contribute)
+// ---- the same, as calls --------------------------------------------------------------------------------------------
+
+template <typename Scalar>
+void load_row_loop(const Row<const Scalar, Sum<Scalar>>& row, bool relu, int64_t ahead) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { load_row<Scalar>(row, relu, ahead); });
+}
+
+template <typename Scalar>
+void store_row_loop(const Row<Scalar, const Sum<Scalar>>& row) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { store_row<Scalar>(row); });
+}
+
+template <typename S>
+void correlate_loop(const Correlation<S>& work) {
+  with_best_vectors([&](auto pack) DSSP_INLINE_LAMBDA { correlate<pack()>(work); });
+}
+
+template <typename S>
+void contribute_loop(const Contribution<S>& work) {
+  with_best_vectors([&](auto pack) DSSP_INLINE_LAMBDA { contribute<pack()>(work); });
+}
 
 }  // namespace
 }  // namespace dssp

@@ -98,31 +98,39 @@ DSSP_INLINE double dot_and_scale(const Scalar* grad, const Scalar* input, Sum<Sc
   return sum_of_lanes((a + b) + (c + d));
 }
 
-// target_clones takes no templates: one plain function per storage type, compiled for every instruction set.
-#define DSSP_MIXED_SUM_LOOPS(Scalar)                                                                                 \
-  DSSP_CLONES void weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count,    \
-                                     Scalar* out, int64_t begin, int64_t end, bool streamed) {                       \
-    streamed ? weighted_sum<false, true>(inputs, coefficients, count, out, begin, end)                               \
-             : weighted_sum<false, false>(inputs, coefficients, count, out, begin, end);                             \
-  }                                                                                                                  \
-  DSSP_CLONES void add_weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients,               \
-                                         int64_t count, Scalar* out, int64_t begin, int64_t end) {                   \
-    weighted_sum<true, false>(inputs, coefficients, count, out, begin, end);                                         \
-  }                                                                                                                  \
-  DSSP_CLONES void scale_loop(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count,           \
-                              bool streamed) {                                                                       \
-    streamed ? scale<true>(grad, coefficient, d_input, count) : scale<false>(grad, coefficient, d_input, count);     \
-  }                                                                                                                  \
-  DSSP_CLONES double dot_loop(const Scalar* grad, const Scalar* input, Sum<Scalar> coefficient, Scalar* d_input,     \
-                              int64_t count, bool streamed) {                                                        \
-    if (!d_input) return dot_and_scale<false, Scalar>(grad, input, coefficient, nullptr, count);                     \
-    return streamed ? dot_and_scale<true>(grad, input, coefficient, d_input, count)                                  \
-                    : dot_and_scale<false>(grad, input, coefficient, d_input, count);                                \
-  }
-DSSP_MIXED_SUM_LOOPS(float)
-DSSP_MIXED_SUM_LOOPS(double)
-DSSP_MIXED_SUM_LOOPS(BFloat16)
-DSSP_MIXED_SUM_LOOPS(Half)
+template <typename Scalar>
+void weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count, Scalar* out,
+                       int64_t begin, int64_t end, bool streamed) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA {
+    streamed ? weighted_sum<false, true>(inputs, coefficients, count, out, begin, end)
+             : weighted_sum<false, false>(inputs, coefficients, count, out, begin, end);
+  });
+}
+
+template <typename Scalar>
+void add_weighted_sum_loop(const Scalar* const* inputs, const Sum<Scalar>* coefficients, int64_t count, Scalar* out,
+                           int64_t begin, int64_t end) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA {
+    weighted_sum<true, false>(inputs, coefficients, count, out, begin, end);
+  });
+}
+
+template <typename Scalar>
+void scale_loop(const Scalar* grad, Sum<Scalar> coefficient, Scalar* d_input, int64_t count, bool streamed) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA {
+    streamed ? scale<true>(grad, coefficient, d_input, count) : scale<false>(grad, coefficient, d_input, count);
+  });
+}
+
+template <typename Scalar>
+double dot_loop(const Scalar* grad, const Scalar* input, Sum<Scalar> coefficient, Scalar* d_input, int64_t count,
+                bool streamed) {
+  return with_best_vectors([&](auto) DSSP_INLINE_LAMBDA {
+    if (!d_input) return dot_and_scale<false, Scalar>(grad, input, coefficient, nullptr, count);
+    return streamed ? dot_and_scale<true>(grad, input, coefficient, d_input, count)
+                    : dot_and_scale<false>(grad, input, coefficient, d_input, count);
+  });
+}
 
 // Many inputs: a block at a time, which stays in the first-level cache, and of the inputs kStreams at a time. Where sums
 // are wider than what is stored, all inputs at once: a sum must not be rounded in between.

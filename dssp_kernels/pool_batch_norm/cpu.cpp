@@ -59,7 +59,7 @@ struct SumImages {
   SumImage<const S> load(int64_t image) {
     const auto sums = at(image);
     for (int64_t r = 0; r < rows && !in_place; ++r) {
-      load_row_loop({images.at(image, 0, r, 0), images.channel, images.column, channels, columns, sums.at(r).data,
+      load_row_loop<Scalar>({images.at(image, 0, r, 0), images.channel, images.column, channels, columns, sums.at(r).data,
                      sums.vector}, false, 0);
     }
     return {sums.data, sums.row, sums.vector, sums.column};
@@ -73,7 +73,7 @@ struct SumImages {
   void store(int64_t image) {
     const auto sums = at(image);
     for (int64_t r = 0; r < rows && !in_place; ++r) {
-      store_row_loop({images.at(image, 0, r, 0), images.channel, images.column, channels, columns, sums.at(r).data,
+      store_row_loop<Scalar>({images.at(image, 0, r, 0), images.channel, images.column, channels, columns, sums.at(r).data,
                       sums.vector});
     }
   }
@@ -140,7 +140,7 @@ Buffer<Sum<Scalar>> means_of_first_row(const Outputs<Scalar>& of, const Tensor& 
   auto inputs = read_only<Scalar>(x);
   const auto p = of.pooling(inputs.load(0), 0, pooled, positions);
   of.pool.is_max ? max_loop(p) : average_loop(p);
-  moments_loop({from, from, means.data(), of.vectors, of.columns, sums.first(0), sums.second(0)});
+  moments_loop<Sum<Scalar>>({from, from, means.data(), of.vectors, of.columns, sums.first(0), sums.second(0)});
   for (int64_t lane = 0; lane < of.lanes; ++lane) {
     const S mean = static_cast<S>(sums.total(0, lane) / of.columns);
     means[lane] = std::isfinite(mean) ? mean : S(0);
@@ -163,7 +163,7 @@ ImageSums pool_images(const Outputs<Scalar>& of, const Tensor& x, const Buffer<S
         const auto p = of.pooling(pixels, row, to, positions ? positions + image * of.image : nullptr);
         of.pool.is_max ? max_loop(p) : average_loop(p);
         const SumRow<const Sum<Scalar>> from = {to.data, to.vector, to.column};
-        moments_loop({from, from, shift.data(), of.vectors, of.columns, moments.first(image), moments.second(image)});
+        moments_loop<Sum<Scalar>>({from, from, shift.data(), of.vectors, of.columns, moments.first(image), moments.second(image)});
       }
       outputs.store(image);
     }
@@ -180,7 +180,7 @@ void normalise_images(const Outputs<Scalar>& of, const Buffer<Sum<Scalar>>& mean
       const auto from = outputs.load(image);
       const auto to = outputs.at(image);
       for (int64_t row = 0; row < of.rows; ++row) {
-        normalise_loop({from.at(row), to.at(row), mean.data(), scale.data(), of.vectors, of.columns});
+        normalise_loop<Sum<Scalar>>({from.at(row), to.at(row), mean.data(), scale.data(), of.vectors, of.columns});
       }
       outputs.store(image);
     }
@@ -197,7 +197,7 @@ ImageSums gradient_sums(const Outputs<Scalar>& of, const Tensor& grad, const Ten
     for (int64_t image = begin; image < end; ++image) {
       const auto a = gradients.load(image), b = outputs.load(image);
       for (int64_t row = 0; row < of.rows; ++row) {
-        moments_loop({a.at(row), b.at(row), no_shift.data(), of.vectors, of.columns, sums.first(image),
+        moments_loop<Sum<Scalar>>({a.at(row), b.at(row), no_shift.data(), of.vectors, of.columns, sums.first(image),
                       sums.second(image)});
       }
     }
@@ -217,7 +217,7 @@ void pixel_gradients(const Outputs<Scalar>& of, const Tensor& grad, const Tensor
       const auto from = gradients.load(image), normalised = outputs.load(image);
       const auto pixels = inputs.zeros(image);
       for (int64_t row = 0; row < of.rows; ++row) {
-        norm_gradient_loop({from.at(row), normalised.at(row), pooled, constant, slope, scale, of.vectors, of.columns});
+        norm_gradient_loop<Sum<Scalar>>({from.at(row), normalised.at(row), pooled, constant, slope, scale, of.vectors, of.columns});
         const auto p = of.pooling(pixels, row, pooled, positions ? positions + image * of.image : nullptr);
         of.pool.is_max ? max_gradient_loop(p) : average_gradient_loop(p);
       }

@@ -315,17 +315,42 @@ DSSP_INLINE void take_through_norm(const NormGradient<S>& n) {
   }
 }
 
-// target_clones takes no templates: plain functions, compiled for every instruction set.
-#define DSSP_POOL_LOOPS(S)                                                                                  \
-  DSSP_CLONES void max_loop(const Pooling<const S, S>& p) { max_row<S>(p); }                                \
-  DSSP_CLONES void average_loop(const Pooling<const S, S>& p) { average_row<S>(p); }                        \
-  DSSP_CLONES void max_gradient_loop(const Pooling<S, S>& p) { max_gradient_row<S>(p); }                    \
-  DSSP_CLONES void average_gradient_loop(const Pooling<S, S>& p) { average_gradient_row<S>(p); }            \
-  DSSP_CLONES void moments_loop(const Moments<S>& m) { add_moments<S>(m); }                                 \
-  DSSP_CLONES void normalise_loop(const Normalisation<S>& n) { normalise<S>(n); }                           \
-  DSSP_CLONES void norm_gradient_loop(const NormGradient<S>& n) { take_through_norm<S>(n); }
-DSSP_POOL_LOOPS(float)
-DSSP_POOL_LOOPS(double)
+// ---- the same, as calls --------------------------------------------------------------------------------------------
+
+template <typename S>
+void max_loop(const Pooling<const S, S>& p) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { max_row<S>(p); });
+}
+
+template <typename S>
+void average_loop(const Pooling<const S, S>& p) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { average_row<S>(p); });
+}
+
+template <typename S>
+void max_gradient_loop(const Pooling<S, S>& p) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { max_gradient_row<S>(p); });
+}
+
+template <typename S>
+void average_gradient_loop(const Pooling<S, S>& p) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { average_gradient_row<S>(p); });
+}
+
+template <typename S>
+void moments_loop(const Moments<S>& m) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { add_moments<S>(m); });
+}
+
+template <typename S>
+void normalise_loop(const Normalisation<S>& n) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { normalise<S>(n); });
+}
+
+template <typename S>
+void norm_gradient_loop(const NormGradient<S>& n) {
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { take_through_norm<S>(n); });
+}
 
 }  // namespace
 }  // namespace dssp

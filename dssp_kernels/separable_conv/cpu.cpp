@@ -124,7 +124,7 @@ struct SeparableForward {
     p.result_vector = p.source_vector;
     p.result_column = width;
     multiply_loop(p);
-    store_row_loop({to, y.channel, y.column, outputs, p.columns, buffer.data(), p.result_vector});
+    store_row_loop<Scalar>({to, y.channel, y.column, outputs, p.columns, buffer.data(), p.result_vector});
   }
 };
 

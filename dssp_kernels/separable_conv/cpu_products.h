@@ -116,10 +116,17 @@ DSSP_INLINE void accumulate(const OuterProduct<S>& p) {
   if (vector < p.vectors) accumulate_vectors<1, 1>(p, vector);
 }
 
-DSSP_PACKED_LOOP(multiply_loop, Product<float>, multiply)
-DSSP_PACKED_LOOP(multiply_loop, Product<double>, multiply)
-DSSP_PACKED_LOOP(accumulate_loop, OuterProduct<float>, accumulate)
-DSSP_PACKED_LOOP(accumulate_loop, OuterProduct<double>, accumulate)
+// ---- the same, as calls --------------------------------------------------------------------------------------------
+
+template <typename S>
+void multiply_loop(const Product<S>& work) {
+  with_best_vectors([&](auto pack) DSSP_INLINE_LAMBDA { multiply<pack()>(work); });
+}
+
+template <typename S>
+void accumulate_loop(const OuterProduct<S>& work) {
+  with_best_vectors([&](auto pack) DSSP_INLINE_LAMBDA { accumulate<pack()>(work); });
+}
 
 }  // namespace
 }  // namespace dssp
