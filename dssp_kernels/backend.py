@@ -49,7 +49,7 @@ def _load_cpu_kernels() -> str | None:
     """Load the C++ extension; the reason why it cannot be used, or None."""
     libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not libraries:
-        return "they were not built (no C++ compiler when the package was installed)"
+        return "they were not built (no C++17 compiler that could, when the package was installed)"
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
