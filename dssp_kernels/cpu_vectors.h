@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <type_traits>
 
 #ifdef __SSE2__
@@ -150,12 +152,16 @@ struct Pack<S, 2> {
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
+// The best one that this machine has or, as for torch's own kernels, that ATEN_CPU_CAPABILITY (default, avx2) leaves.
 inline InstructionSet best_instruction_set() {
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = wanted ? wanted : "";
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return InstructionSet::kBaseline;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return has_avx512 ? InstructionSet::kAvx512 : InstructionSet::kAvx2;
+  if (!has_avx2 || most == "default") return InstructionSet::kBaseline;
+  return has_avx512 && most != "avx2" ? InstructionSet::kAvx512 : InstructionSet::kAvx2;
 }
 
 inline const InstructionSet kInstructionSet = best_instruction_set();
