@@ -27,7 +27,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def results(dtype: torch.dtype) -> list[Tensor]:
-    """Values and gradients of the operators; 24 channels and 13 columns are whole packs of vectors and some left over."""
+    """Values and gradients of the operators; 24 channels, 13 columns: whole packs of vectors, and some left over."""
     x = normal(2, 24, 11, 13).to(dtype, memory_format=torch.channels_last).requires_grad_()
     leaves = [normal(3), *(normal(24, 1, k, k) for k in (3, 5)), *(normal(width, 24, 1, 1) for width in (24, 40))]
     alpha, *weights = [leaf.to(dtype).requires_grad_() for leaf in leaves]
