@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 setup: $(VENV)/installed
 
 # torch goes in first, so that the C++ kernels are built against it and it is not downloaded a second time for the build.
-$(VENV)/installed: pyproject.toml setup.py $(wildcard dssp_kernels/*/cpu.cpp)
+$(VENV)/installed: pyproject.toml setup.py $(wildcard dssp_kernels/*/cpu.cpp dssp_kernels/*.h dssp_kernels/*/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77"
 	$(RUN) -m pip install --quiet "torch>=2.10"

@@ -34,6 +34,7 @@ def cpu_kernels(torch: Path, build: str) -> Extension:
     return Extension(
         "dssp_kernels._cpu",
         sources=sorted(str(path) for path in Path("dssp_kernels").glob("*/cpu.cpp")),
+        depends=sorted(str(path) for path in Path("dssp_kernels").glob("**/*.h")),
         include_dirs=[str(torch / "include")],
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu"],
