@@ -229,7 +229,8 @@ void separable_forward(const Group& group, const Tensor& x, std::vector<Tensor>&
     for (size_t k = 0; k < group.size(); ++k) {
       const Geometry& g = group[k].g;
       sweeps.push_back({g, input_rows<Scalar>(g, input, vectors_of<Scalar>(g.channels), group[k].relu),
-                        DepthwiseRow<Scalar>::of_vectors(g, depthwise[k].data()), pointwise[k].data(), y[k], group[k].outputs()});
+                        DepthwiseRow<Scalar>::of_vectors(g, depthwise[k].data()), pointwise[k].data(), y[k],
+                        group[k].outputs()});
     }
     while (begin < end) {
       const int64_t image = begin / rows, row = begin % rows, last = std::min(rows, row + end - begin);

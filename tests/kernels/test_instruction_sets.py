@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dssp_kernels import SeparableConvolution, batch_norm_mixed_sum, mixed_sum, pool_batch_norm, separable_conv2d_group
-from dssp_kernels.backend import set_backend
+from dssp_kernels.backend import get_backend, set_backend
 from tests.kernels.backends import with_cpu_kernels
+from tests.source_trees import ROOT
 
 pytestmark = with_cpu_kernels
 CAPABILITIES = ("default", "avx2", "avx512")
@@ -53,14 +54,16 @@ def results_with(capability: str) -> list[Tensor]:
     code = "import sys, torch, tests.kernels.test_instruction_sets as t; "
     code += "torch.save(t.results(torch.float32), sys.stdout.buffer)"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "DSSP_BACKEND": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     return torch.load(io.BytesIO(done.stdout), weights_only=True)
 
 
 @pytest.mark.skipif(HERE not in CAPABILITIES, reason="one instruction set only")
 def test_all_of_this_machine_agree_with_float64() -> None:
+    before = get_backend()
     set_backend("reference")
     expected = results(torch.float64)
+    set_backend(before)
     found = {name: results_with(name) for name in CAPABILITIES[: CAPABILITIES.index(HERE) + 1]}
     for name, tensors in found.items():
         for i, (ours, theirs) in enumerate(zip(tensors, expected, strict=True)):
