@@ -8,7 +8,12 @@ from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
 from dssp_kernels.pool_batch_norm.op import pool_batch_norm
-from dssp_kernels.separable_conv.op import SeparableConvolution, separable_conv2d, separable_conv2d_group
+from dssp_kernels.separable_conv.op import (
+    SeparableConvolution,
+    SeparablePair,
+    separable_conv2d,
+    separable_conv2d_group,
+)
 from dssp_kernels.separable_conv.step import SeparableStep
 from dssp_kernels.sharing import SharedOutputs, parameter_free
 
@@ -18,6 +23,7 @@ __all__ = [
     "FusedMixedNode",
     "PruningMask",
     "SeparableConvolution",
+    "SeparablePair",
     "SeparableStep",
     "SharedOutputs",
     "batch_norm_mixed_sum",

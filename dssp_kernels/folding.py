@@ -16,6 +16,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dssp_kernels.depthwise_conv.arguments import has_channels_last
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
+from dssp_kernels.separable_conv.arguments import can_normalise_rows
+from dssp_kernels.separable_conv.op import SeparableConvolution, SeparablePair
 from dssp_kernels.separable_conv.step import SeparableStep
 
 Step = Callable[[Tensor], Tensor]
@@ -27,19 +29,39 @@ class Parts(NamedTuple):
     body: Sequence[Step]
     norm: nn.BatchNorm2d
 
-    def before_norm(self, x: Tensor, begun: Tensor | None = None) -> Tensor:
-        """What enters the norm. begun: what body[0] makes of x, where that has run already."""
+    def before_norm(self, x: Tensor, begun: Begun | None = None) -> Tensor:
+        """What enters the norm. begun: what the first steps make of x, where they have run already."""
         body = self.body
         if begun is not None:
-            x, body = begun, body[1:]
+            x, body = begun.output, body[begun.steps :]
         for step in body:
             x = step(x)
         return x
 
-    def first_separable(self, x: Tensor) -> SeparableStep | None:
-        """body[0], if it is a separable convolution whose kernel runs on x."""
-        first = self.body[0] if self.body else None
-        return first if isinstance(first, SeparableStep) and first.takes(x) else None
+    def separable_start(self, x: Tensor) -> tuple[SeparableConvolution | SeparablePair | None, int]:
+        """The separable convolution that the body starts with, or two with a norm between, and how many steps it is.
+
+        None if there is none whose kernel runs on x.
+        """
+        first, norm, second = (*self.body[:3], None, None, None)[:3]
+        if not (isinstance(first, SeparableStep) and first.takes(x)):
+            return None, 0
+        if (
+            type(norm) is nn.BatchNorm2d
+            and can_normalise_rows(norm)
+            and not is_watched(norm)
+            and isinstance(second, SeparableStep)
+            and second.takes(x)  # the layout is the same all the way
+        ):
+            return SeparablePair(first.convolution(), norm, second.convolution()), 3
+        return first.convolution(), 1
+
+
+class Begun(NamedTuple):
+    """What the first steps of a body made of its input, and how many steps these were."""
+
+    output: Tensor
+    steps: int
 
 
 def parts_of(candidate: nn.Module | None) -> Parts | str:

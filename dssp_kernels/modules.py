@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dssp_kernels.arguments import RELAXATIONS
 from dssp_kernels.backend import implementation_for, transforms_are_active
 from dssp_kernels.batch_norm_mixed_sum.op import batch_norm_mixed_sum
-from dssp_kernels.folding import Parts, describe, norms_shared, parts_of
+from dssp_kernels.folding import Begun, Parts, describe, norms_shared, parts_of
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.separable_conv.op import separable_conv2d_group
 from dssp_kernels.sharing import SharedOutputs
@@ -58,20 +58,21 @@ def run_candidates(
     return outputs, norms
 
 
-def _run_first_steps(bodies: dict[int, Parts], x: Tensor, shared: SharedOutputs | None) -> dict[int, Tensor]:
-    """What x is after the first step of those bodies that need not take it alone.
+def _run_first_steps(bodies: dict[int, Parts], x: Tensor, shared: SharedOutputs | None) -> dict[int, Begun]:
+    """What x is after the first steps of those bodies that need not take them alone.
 
-    Separable convolutions, if there are several, run as one operation; what `shared` holds already is not run again.
+    Separable convolutions run as one operation; what `shared` holds already is not run again.
     """
-    steps = {k: parts.first_separable(x) for k, parts in bodies.items()}
-    convolutions = {k: step.convolution() for k, step in steps.items() if step is not None}
-    begun: dict[int, Tensor] = {}
-    if len(convolutions) > 1:
-        begun = dict(zip(convolutions, separable_conv2d_group(x, list(convolutions.values())), strict=True))
+    starts = {k: parts.separable_start(x) for k, parts in bodies.items()}
+    separable = {k: convolution for k, (convolution, _) in starts.items() if convolution is not None}
+    begun: dict[int, Begun] = {}
+    if separable:
+        outputs = separable_conv2d_group(x, list(separable.values()))
+        begun = {k: Begun(output, starts[k][1]) for k, output in zip(separable, outputs, strict=True)}
     if shared is not None:
         for k, parts in bodies.items():
             if (after := shared.after_first_step(parts, x)) is not None:
-                begun[k] = after
+                begun[k] = Begun(after, 1)
     return begun
 
 

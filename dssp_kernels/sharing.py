@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-import torch
 from torch import Tensor, nn
 
 from dssp_kernels.folding import Parts, Step, is_watched, parts_of
 from dssp_kernels.pool_batch_norm.op import pool_batch_norm
 from dssp_kernels.pool_batch_norm.reference import batch_norm_with_statistics
+from dssp_kernels.running_statistics import update_running_statistics
 
 _POOL_SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
@@ -94,13 +94,7 @@ class SharedOutputs:
             self._inputs.append(x)
             self._batch_norms[key] = _pool_and_norm(pool, norm, x)
         y, mean, variance = self._batch_norms[key]
-        if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
-            assert norm.momentum is not None  # see of()
-            with torch.no_grad():
-                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-                norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-                if norm.num_batches_tracked is not None:
-                    norm.num_batches_tracked.add_(1)
+        update_running_statistics(norm, mean, variance)
         return y
 
 

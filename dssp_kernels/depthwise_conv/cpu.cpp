@@ -75,7 +75,7 @@ void forward(const Geometry& g, const Tensor& x, const Tensor& weight, bool relu
   const int64_t work = g.columns.outputs * g.taps() * blocks.vectors;
   const int64_t rows = g.rows.outputs;
   torch::stable::parallel_for(0, g.batch * blocks.count * rows, kGrain / work + 1, [&](int64_t begin, int64_t end) {
-    Forward<Scalar> sweep = {g, weights.data(), input_rows<Scalar>(g, input, blocks.vectors, relu),
+    Forward<Scalar> sweep = {g, weights.data(), input_rows<Scalar>(g, input, blocks.vectors, {relu}),
                              RowWriter<Scalar>(y, g.columns.outputs, blocks.vectors)};
     while (begin < end) {
       const int64_t band = begin / rows, row = begin % rows, last = std::min(rows, row + end - begin);
@@ -101,7 +101,7 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& x, const Tens
   torch::stable::parallel_for(0, parts.count * blocks.count, 1, [&](int64_t begin, int64_t end) {
     Backward<Scalar, RowRing<Scalar>> sweep = {g, weights.data(),
                                                gradient_rows<Scalar>(g, output_gradient, blocks.vectors),
-                                               input_rows<Scalar>(g, input, blocks.vectors, relu),
+                                               input_rows<Scalar>(g, input, blocks.vectors, {relu}),
                                                RowWriter<Scalar>(input_gradient, g.columns.inputs, blocks.vectors)};
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item / blocks.count;
@@ -118,7 +118,7 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& x, const Tens
 // ---- the registered operators ------------------------------------------------------------------------------------
 
 Tensor depthwise_conv2d_forward(Tensor x, Tensor weight, Pair stride, Pair padding, Pair dilation, bool relu) {
-  const Geometry g = geometry_of(x, weight, stride, padding, dilation);
+  const Geometry g = geometry_of(sizes_of(x), weight, stride, padding, dilation);
   Tensor y = empty_images(x, g.channels, g.rows.outputs, g.columns.outputs);
   with_storage(x.scalar_type(), [&](auto scalar) { forward<decltype(scalar)>(g, x, weight, relu, y); });
   return y;
@@ -127,7 +127,7 @@ Tensor depthwise_conv2d_forward(Tensor x, Tensor weight, Pair stride, Pair paddi
 std::tuple<Tensor, Tensor> depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Pair stride, Pair padding,
                                                      Pair dilation, bool relu, bool needs_input_grad,
                                                      bool needs_weight_grad) {
-  const Geometry g = geometry_of(x, weight, stride, padding, dilation);
+  const Geometry g = geometry_of(sizes_of(x), weight, stride, padding, dilation);
   const int64_t kh = g.rows.taps, kw = g.columns.taps;
   Tensor d_x = needs_input_grad ? empty_images(x, g.channels, g.rows.inputs, g.columns.inputs) : no_elements(x);
   Tensor d_weight = needs_weight_grad ? empty_strided({g.channels, 1, kh, kw}, {kh * kw, kh * kw, kw, 1}, dtype_of(x))

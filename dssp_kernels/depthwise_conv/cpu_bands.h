@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "../cpu_moments.h"
 #include "cpu_rows.h"
 
 namespace dssp {
@@ -57,18 +58,28 @@ inline Margins gradient_margins(const Geometry& g) {
   return {left, right, g.rows.reach() / g.rows.stride + 1};
 }
 
+// What becomes of pixels as a ring loads them. Both kinds of norms are for blocks of all channels.
+template <typename Scalar>
+struct OnLoad {
+  bool relu = false;
+  const Norm<Sum<Scalar>>* norm = nullptr;         // before the ReLU; null: none
+  const NormBackward<Scalar>* gradient = nullptr;  // instead of both; null: none
+};
+
 // Rows of one image and channel block of a tensor.
 template <typename Scalar>
 struct RowRing : Ring<Sum<Scalar>> {
   using Base = Ring<Sum<Scalar>>;
+  using S = Sum<Scalar>;
   Images<const Scalar> source;
   int64_t rows, columns, image = 0, next = 0;
-  bool relu;
+  OnLoad<Scalar> on_load;
   ChannelBlock block = {};
 
-  RowRing(Images<const Scalar> source, int64_t rows, int64_t columns, const Margins& margins, int64_t vectors, bool relu)
+  RowRing(Images<const Scalar> source, int64_t rows, int64_t columns, const Margins& margins, int64_t vectors,
+          const OnLoad<Scalar>& on_load)
       : Base(columns, margins.left, margins.right, margins.slots, vectors), source(source), rows(rows),
-        columns(columns), relu(relu) {}
+        columns(columns), on_load(on_load) {}
 
   void start(int64_t new_image, const ChannelBlock& new_block) {
     image = new_image;
@@ -76,13 +87,25 @@ struct RowRing : Ring<Sum<Scalar>> {
     next = 0;
   }
 
+  // Whether a row is still there, or still to come.
+  bool reaches_back_to(int64_t row) const { return row >= next - this->slots; }
+
   // Make rows first..last available, as far as they exist; rows come in ascending order.
   void load(int64_t first, int64_t last) {
-    for (next = std::max(next, first); next <= std::min(last, rows - 1); ++next) {
-      load_row_loop<Scalar>({source.at(image, block.first, next, 0), source.channel, source.column, block.channels, columns,
-                     this->data() + this->offset(next), this->vector_size()},
-                    relu, next + 1 < rows ? source.row : 0);
-    }
+    for (next = std::max(next, first); next <= std::min(last, rows - 1); ++next) load_next();
+  }
+
+ private:
+  void load_next() {
+    const Row<const Scalar, S> row = {source.at(image, block.first, next, 0), source.channel, source.column,
+                                      block.channels, columns, this->data() + this->offset(next), this->vector_size()};
+    const int64_t ahead = next + 1 < rows ? source.row : 0;
+    const auto& [relu, norm, gradient] = on_load;
+    if (gradient) return load_row_loop(row, ThroughNorm<Scalar>{*gradient, gradient->z.at(image, 0, next, 0)}, ahead);
+    if (norm && relu) return load_row_loop(row, Normalised<S, true>{*norm}, ahead);
+    if (norm) return load_row_loop(row, Normalised<S, false>{*norm}, ahead);
+    if (relu) return load_row_loop(row, Rectified(), ahead);
+    load_row_loop(row, Unchanged(), ahead);
   }
 };
 
@@ -97,16 +120,17 @@ struct RowWriter {
   RowWriter(Images<Scalar> target, int64_t columns, int64_t vectors)
       : target(target), columns(columns), buffer(columns * vectors * width) {}
 
-  // The results of `c`, into the columns of one row from `column` on, `step` apart.
-  void write(Correlation<Sum<Scalar>>& c, int64_t image, const ChannelBlock& block, int64_t row, int64_t column,
-             int64_t step) {
+  // The results of `c`, into the columns of one row from `column` on, `step` apart. Returns where they are as sums.
+  SumRow<const Sum<Scalar>> write(Correlation<Sum<Scalar>>& c, int64_t image, const ChannelBlock& block, int64_t row,
+                                  int64_t column, int64_t step) {
     Scalar* to = target.at(image, block.first, row, column);
     if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) {
       if (target.channel == 1 && block.channels % width == 0) {
         c.results = to;
         c.result_vector = width;
         c.result_column = step * target.column;
-        return correlate_loop(c);
+        correlate_loop(c);
+        return {c.results, c.result_vector, c.result_column};
       }
     }
     c.results = buffer.data();
@@ -114,10 +138,11 @@ struct RowWriter {
     c.result_column = width;
     const int64_t to_next = step * target.column;
     if (c.adds) {
-      load_row_loop<Scalar>({to, target.channel, to_next, block.channels, c.columns, buffer.data(), c.result_vector}, false, 0);
+      load_row_loop<Scalar>({to, target.channel, to_next, block.channels, c.columns, buffer.data(), c.result_vector});
     }
     correlate_loop(c);
     store_row_loop<Scalar>({to, target.channel, to_next, block.channels, c.columns, buffer.data(), c.result_vector});
+    return {c.results, c.result_vector, c.result_column};
   }
 };
 
@@ -138,13 +163,14 @@ struct TapFinder {
 };
 
 template <typename Scalar>
-RowRing<Scalar> input_rows(const Geometry& g, const Images<const Scalar>& x, int64_t vectors, bool relu) {
-  return {x, g.rows.inputs, g.columns.inputs, input_margins(g), vectors, relu};
+RowRing<Scalar> input_rows(const Geometry& g, const Images<const Scalar>& x, int64_t vectors,
+                           const OnLoad<Scalar>& on_load) {
+  return {x, g.rows.inputs, g.columns.inputs, input_margins(g), vectors, on_load};
 }
 
 template <typename Scalar>
 RowRing<Scalar> gradient_rows(const Geometry& g, const Images<const Scalar>& grad, int64_t vectors) {
-  return {grad, g.rows.outputs, g.columns.outputs, gradient_margins(g), vectors, false};
+  return {grad, g.rows.outputs, g.columns.outputs, gradient_margins(g), vectors, {}};
 }
 
 // ---- the parts of a batch -------------------------------------------------------------------------------------------
@@ -160,7 +186,7 @@ struct Parts {
   // rows: of an image's results; work: multiply-adds of vectors per image.
   Parts(int64_t batch, int64_t rows, int64_t work, int64_t most) : batch(batch), count(0), images(1), bands(1) {
     if (batch == 0) return;
-    const int64_t wanted = std::max<int64_t>(1, std::min({most, kMaxParts, batch * work / kGrain}));
+    const int64_t wanted = std::max<int64_t>(1, std::min(most, batch * work / kGrain));
     images = ceil_div(batch, wanted);
     bands = std::min(ceil_div(wanted, batch), rows);
     count = ceil_div(batch, images) * bands;
@@ -184,9 +210,11 @@ struct NoWork {
 };
 
 // Both gradients of one image and channel block, in one sweep over its rows. Gradients: a ring of rows of the outputs'
-// gradient, with start() and load() as RowRing has them. OutputRow: what else wants to see each output row while its
-// gradient has just been loaded and the rows of x that it reads are near: (x, gradients, taps that meet x, row).
-template <typename Scalar, typename Gradients, typename OutputRow = NoWork>
+// gradient, with start(), load() and reaches_back_to() as RowRing has them. OutputRow: what else wants to see each output
+// row while its gradient has just been loaded and the rows of x that it reads are near: (x, gradients, taps that meet x,
+// row). InputRow: what wants to see the gradient of x as it is written, and what the ring has of x there: (gradient, x,
+// vectors, columns).
+template <typename Scalar, typename Gradients, typename OutputRow = NoWork, typename InputRow = NoWork>
 struct Backward {
   static constexpr int64_t width = Lanes<Scalar>::width;
   const Geometry& g;
@@ -196,14 +224,19 @@ struct Backward {
   RowWriter<Scalar> d_x;
   bool adds = false;  // to what d_x holds
   OutputRow output_row = {};
+  InputRow input_row = {};
   TapFinder finder{g.rows.taps};
+  int64_t begun = -1, out_next = 0, in_next = 0;  // where the band before this one ended, and in which image
 
   // The weight gradient takes output rows out_begin..out_end as soon as rows in_begin..in_end of the input gradient need
   // them, and loads them, so every row is loaded once. gradients: null if not wanted.
   void band(int64_t image, const ChannelBlock& block, Sum<Scalar>* gradients, int64_t out_begin, int64_t out_end,
             int64_t in_begin, int64_t in_end) {
-    x.start(image, block);
-    grad.start(image, block);
+    if (!continues(image, block, out_begin, in_begin)) {
+      x.start(image, block);
+      grad.start(image, block);
+    }
+    begun = image, out_next = out_end, in_next = in_end;
     Contribution<Sum<Scalar>> to_weights = weight_gradient_work(gradients);
     Correlation<Sum<Scalar>> to_input = input_gradient_work();
     int64_t next = gradients || output_row.is_wanted() ? out_begin : out_end;
@@ -218,6 +251,14 @@ struct Backward {
       input_gradient_row(to_input, row);
     }
     for (; next < out_end; ++next) visit_output_row(to_weights, next);
+  }
+
+  // Whether the rows that a band starts with are still in the rings.
+  bool continues(int64_t image, const ChannelBlock& block, int64_t out_begin, int64_t in_begin) const {
+    if (image != begun || block.first != x.block.first || out_begin != out_next || in_begin != in_next) return false;
+    const int64_t reached = in_begin + g.rows.padding - g.rows.reach();
+    return x.reaches_back_to(out_begin * g.rows.stride - g.rows.padding) && x.reaches_back_to(in_begin) &&
+           grad.reaches_back_to(std::min(out_begin, ceil_div(std::max<int64_t>(0, reached), g.rows.stride)));
   }
 
   // The rows of an image that belong to one part of the batch.
@@ -268,13 +309,17 @@ struct Backward {
   // A row's columns fall into `stride` phases; within a phase all read the same taps, from neighbouring gradients.
   void input_gradient_row(Correlation<Sum<Scalar>>& c, int64_t row) {
     const int64_t stride = g.columns.stride;
-    if (x.relu) x.load(row, row);
+    const bool reads_x = x.on_load.relu || input_row.is_wanted();
+    if (reads_x) x.load(row, row);
     c.rows = finder.find(without_outside(backward_reads(g.rows, row), g.rows.outputs), grad, g.columns.taps);
     for (int64_t phase = 0; phase < std::min(stride, g.columns.inputs); ++phase) {
       c.taps = backward_reads(g.columns, phase);
       c.columns = ceil_div(g.columns.inputs - phase, stride);
-      if (x.relu) c.rectified = x.data() + x.offset(row) + phase * width;
-      d_x.write(c, x.image, x.block, row, phase, stride);
+      const Sum<Scalar>* from = x.data() + x.offset(row) + phase * width;
+      if (x.on_load.relu) c.rectified = from;
+      const auto written = d_x.write(c, x.image, x.block, row, phase, stride);
+      const SumRow<const Sum<Scalar>> seen = {from, c.rectified_vector, c.rectified_column};
+      if (input_row.is_wanted()) input_row(written, seen, c.vectors, c.columns);
     }
   }
 };
@@ -324,15 +369,19 @@ inline Tensor empty_images(const Tensor& x, int64_t channels, int64_t rows, int6
   return empty_strided({batch, channels, rows, columns}, {image, rows * columns, columns, 1}, dtype_of(x));
 }
 
-inline Geometry geometry_of(const Tensor& x, const Tensor& weight, const Pair& stride, const Pair& padding,
-                     const Pair& dilation) {
+// images: the sizes [B, C, H, W] of what is read
+inline Geometry geometry_of(const std::vector<int64_t>& images, const Tensor& weight, const Pair& stride,
+                            const Pair& padding, const Pair& dilation) {
   const auto axis = [&](int64_t i) -> Axis {
-    const int64_t inputs = x.size(2 + i), taps = weight.size(2 + i);
+    const int64_t inputs = images[2 + i], taps = weight.size(2 + i);
     const int64_t last = inputs + 2 * padding[i] - (taps - 1) * dilation[i] - 1;
     return {inputs, last / stride[i] + 1, taps, stride[i], padding[i], dilation[i]};
   };
-  return {x.size(0), x.size(1), axis(0), axis(1)};
+  return {images[0], images[1], axis(0), axis(1)};
 }
+
+// Of a tensor [B, C, H, W].
+inline std::vector<int64_t> sizes_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
 
 }  // namespace
 }  // namespace dssp

@@ -1,12 +1,11 @@
-// Rows of a depthwise convolution: which taps meet which rows, rows in and out of tensors, and the sums over taps.
+// Rows of a depthwise convolution: which taps meet which rows, and the sums over taps.
 #pragma once
 
 #include <algorithm>
 #include <numeric>
-#include <type_traits>
 #include <vector>
 
-#include "../cpu_tensors.h"
+#include "cpu_transfers.h"
 
 namespace dssp {
 namespace {
@@ -58,115 +57,10 @@ inline Reads backward_reads(const Axis& axis, int64_t i) {
   return {0, 0, 1, 0, 0};
 }
 
-// One tensor [B, C, H, W] in any memory layout.
-template <typename Scalar>
-struct Images {
-  Scalar* data;
-  int64_t image, channel, row, column;  // strides
-
-  Scalar* at(int64_t n, int64_t c, int64_t h, int64_t w) const {
-    return data + n * image + c * channel + h * row + w * column;
-  }
-};
-
-template <typename Scalar>
-Images<const Scalar> read_images(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return {static_cast<const Scalar*>(tensor.const_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
-}
-
-template <typename Scalar>
-Images<Scalar> write_images(Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return {static_cast<Scalar*>(tensor.mutable_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
-}
-
 // A block of channels, processed together: the `vectors` vectors from channel `first` on, `channels` channels in all.
 struct ChannelBlock {
   int64_t first, channels, vectors;
 };
-
-// ---- rows in and out: tensors <-> [vector][column][lane] of sums -------------------------------------------------
-
-// One row of one image and channel block in a tensor, and where its vectors lie as sums.
-template <typename Scalar, typename S>
-struct Row {
-  Scalar* pixels;
-  int64_t channel, column, channels, columns;  // strides, then sizes
-  S* sums;
-  int64_t vector;  // distance of one vector's columns from the next one's
-};
-
-template <typename V>
-DSSP_INLINE V rectified(V value) {  // NaN stays NaN
-  return value < 0 ? V{} : value;
-}
-
-template <typename Scalar>
-DSSP_INLINE Sum<Scalar> widened(Scalar value) {
-  if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) return value;
-  return load_first(&value, 1)[0];
-}
-
-template <typename Scalar>
-DSSP_INLINE Scalar narrowed(Sum<Scalar> value) {
-  if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) return value;
-  Scalar result;
-  store_first(&result, Vector<Scalar>{value}, 1);
-  return result;
-}
-
-// sums = relu(pixels), or pixels. `ahead`: distance to the pixels wanted next, fetched from memory meanwhile.
-template <typename Scalar>
-DSSP_INLINE void load_row(const Row<const Scalar, Sum<Scalar>>& row, bool relu, int64_t ahead) {
-  constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t channel = row.channel, column = row.column, columns = row.columns;
-  for (int64_t c = 0; c < row.channels; c += width) {
-    const Scalar* from = row.pixels + c * channel;
-    Sum<Scalar>* to = row.sums + c / width * row.vector;
-    const int64_t count = std::min(width, row.channels - c);
-    if (channel != 1 || count < width) {
-      for (int64_t lane = 0; lane < count; ++lane) {
-        for (int64_t j = 0; j < columns; ++j) {
-          const Sum<Scalar> value = widened(from[lane * channel + j * column]);
-          to[j * width + lane] = relu && value < 0 ? 0 : value;
-        }
-      }
-    } else if (relu) {
-      for (int64_t j = 0; j < columns; ++j) {
-        if (c == 0) __builtin_prefetch(from + j * column + ahead);
-        Lanes<Sum<Scalar>>::store(to + j * width, rectified(Lanes<Scalar>::load(from + j * column)));
-      }
-    } else {
-      for (int64_t j = 0; j < columns; ++j) {
-        if (c == 0) __builtin_prefetch(from + j * column + ahead);
-        Lanes<Sum<Scalar>>::store(to + j * width, Lanes<Scalar>::load(from + j * column));
-      }
-    }
-  }
-}
-
-template <typename Scalar>
-DSSP_INLINE void store_row(const Row<Scalar, const Sum<Scalar>>& row) {
-  constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t channel = row.channel, column = row.column, columns = row.columns;
-  for (int64_t c = 0; c < row.channels; c += width) {
-    const Sum<Scalar>* from = row.sums + c / width * row.vector;
-    Scalar* to = row.pixels + c * channel;
-    const int64_t count = std::min(width, row.channels - c);
-    if (channel != 1 || count < width) {
-      for (int64_t lane = 0; lane < count; ++lane) {
-        for (int64_t j = 0; j < columns; ++j) {
-          to[lane * channel + j * column] = narrowed<Scalar>(from[j * width + lane]);
-        }
-      }
-    } else {
-      for (int64_t j = 0; j < columns; ++j) {
-        Lanes<Scalar>::store(to + j * column, Lanes<Sum<Scalar>>::load(from + j * width));
-      }
-    }
-  }
-}
 
 // ---- rows of taps: from sums to sums -----------------------------------------------------------------------------
 
@@ -363,16 +257,6 @@ DSSP_INLINE void contribute(const Contribution<S>& c) {
 }
 
 // ---- the same, as calls --------------------------------------------------------------------------------------------
-
-template <typename Scalar>
-void load_row_loop(const Row<const Scalar, Sum<Scalar>>& row, bool relu, int64_t ahead) {
-  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { load_row<Scalar>(row, relu, ahead); });
-}
-
-template <typename Scalar>
-void store_row_loop(const Row<Scalar, const Sum<Scalar>>& row) {
-  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { store_row<Scalar>(row); });
-}
 
 template <typename S>
 void correlate_loop(const Correlation<S>& work) {

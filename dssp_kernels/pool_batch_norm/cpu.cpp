@@ -60,7 +60,7 @@ struct SumImages {
     const auto sums = at(image);
     for (int64_t r = 0; r < rows && !in_place; ++r) {
       load_row_loop<Scalar>({images.at(image, 0, r, 0), images.channel, images.column, channels, columns, sums.at(r).data,
-                     sums.vector}, false, 0);
+                     sums.vector});
     }
     return {sums.data, sums.row, sums.vector, sums.column};
   }
@@ -115,25 +115,11 @@ struct Outputs {
   }
 };
 
-// Two sums per channel that each image adds to on its own: no result depends on who computed which image.
-struct ImageSums {
-  int64_t images, lanes;
-  Buffer<double> sums = Buffer<double>(images * 2 * lanes, 0.0);  // [image][sum][lane]
-
-  double* first(int64_t image) { return sums.data() + image * 2 * lanes; }
-  double* second(int64_t image) { return first(image) + lanes; }
-  double total(int64_t which, int64_t lane) const {
-    double total = 0;
-    for (int64_t image = 0; image < images; ++image) total += sums[(image * 2 + which) * lanes + lane];
-    return total;
-  }
-};
-
 // Close to the means over all rows, seen from far away: the moments about them do not cancel.
 template <typename Scalar>
 Buffer<Sum<Scalar>> means_of_first_row(const Outputs<Scalar>& of, const Tensor& x, uint8_t* positions) {
   using S = Sum<Scalar>;
-  ImageSums sums = {1, of.lanes};
+  ChannelSums sums = {1, of.lanes};
   Buffer<S> means(of.lanes, S(0)), row(of.columns * of.lanes);
   const SumRow<S> pooled = {row.data(), of.columns * Lanes<Scalar>::width, Lanes<Scalar>::width};
   const SumRow<const S> from = {pooled.data, pooled.vector, pooled.column};
@@ -150,9 +136,9 @@ Buffer<Sum<Scalar>> means_of_first_row(const Outputs<Scalar>& of, const Tensor& 
 
 // y = pool(x), where its pixels came from, and its moments about `shift`.
 template <typename Scalar>
-ImageSums pool_images(const Outputs<Scalar>& of, const Tensor& x, const Buffer<Sum<Scalar>>& shift, Tensor& y,
+ChannelSums pool_images(const Outputs<Scalar>& of, const Tensor& x, const Buffer<Sum<Scalar>>& shift, Tensor& y,
                       uint8_t* positions) {
-  ImageSums moments = {of.g.batch, of.lanes};
+  ChannelSums moments = {of.g.batch, of.lanes};
   of.for_images([&](int64_t begin, int64_t end) {
     auto inputs = read_only<Scalar>(x), outputs = writable<Scalar>(y);
     for (int64_t image = begin; image < end; ++image) {
@@ -189,8 +175,8 @@ void normalise_images(const Outputs<Scalar>& of, const Buffer<Sum<Scalar>>& mean
 
 // sum(grad) and sum(grad * y) per channel.
 template <typename Scalar>
-ImageSums gradient_sums(const Outputs<Scalar>& of, const Tensor& grad, const Tensor& y) {
-  ImageSums sums = {of.g.batch, of.lanes};
+ChannelSums gradient_sums(const Outputs<Scalar>& of, const Tensor& grad, const Tensor& y) {
+  ChannelSums sums = {of.g.batch, of.lanes};
   const Buffer<Sum<Scalar>> no_shift(of.lanes, Sum<Scalar>(0));
   of.for_images([&](int64_t begin, int64_t end) {
     auto gradients = read_only<Scalar>(grad), outputs = read_only<Scalar>(y);

@@ -3,9 +3,8 @@
 
 #include <limits>
 
+#include "../cpu_moments.h"
 #include "../depthwise_conv/cpu_rows.h"
-
-#define DSSP_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace dssp {
 namespace {
@@ -71,15 +70,6 @@ struct Window {
     last = std::min(start + axis.taps, axis.inputs);
     tap = first - start;
   }
-};
-
-// A row of pixels as vectors of channels: in a tensor whose elements are sums, or in a buffer [vector][column][lane].
-template <typename S>
-struct SumRow {
-  S* data;
-  int64_t vector, column;  // distances
-
-  S* at(int64_t v, int64_t c) const { return data + v * vector + c * column; }
 };
 
 // One row of windows.
@@ -236,41 +226,6 @@ DSSP_INLINE void average_gradient_row(const Pooling<S, S>& p) {
 
 // ---- the norm -----------------------------------------------------------------------------------------------------
 
-// Per channel, over one row: first += sum(a - shift), second += sum((a - shift) * (b - shift)); [vector][lane] each.
-template <typename S>
-struct Moments {
-  SumRow<const S> a, b;
-  const S* shift;
-  int64_t vectors, columns;
-  double *first, *second;
-};
-
-DSSP_INLINE void add_to_doubles(double* sums, Vector4d value) {
-  Lanes<double>::store(sums, Lanes<double>::load(sums) + value);
-}
-DSSP_INLINE void add_to_doubles(double* sums, Vector8f value) {
-  using Doubles = double __attribute__((vector_size(64)));
-  const Doubles total = load_unaligned<Doubles>(sums) + __builtin_convertvector(value, Doubles);
-  std::memcpy(sums, &total, sizeof(total));
-}
-
-template <typename S>
-DSSP_INLINE void add_moments(const Moments<S>& m) {
-  using V = typename Lanes<S>::Vector;
-  constexpr int64_t width = Lanes<S>::width;
-  for (int64_t vector = 0; vector < m.vectors; ++vector) {
-    const V shift = Lanes<S>::load(m.shift + vector * width);
-    V first = {}, second = {};
-    for (int64_t j = 0; j < m.columns; ++j) {
-      const V from_a = Lanes<S>::load(m.a.at(vector, j)) - shift;
-      first += from_a;
-      second += from_a * (Lanes<S>::load(m.b.at(vector, j)) - shift);
-    }
-    add_to_doubles(m.first + vector * width, first);
-    add_to_doubles(m.second + vector * width, second);
-  }
-}
-
 // to = (a - constant) * scale per channel. [vector][lane] each.
 template <typename S>
 struct Normalisation {
@@ -335,11 +290,6 @@ void max_gradient_loop(const Pooling<S, S>& p) {
 template <typename S>
 void average_gradient_loop(const Pooling<S, S>& p) {
   with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { average_gradient_row<S>(p); });
-}
-
-template <typename S>
-void moments_loop(const Moments<S>& m) {
-  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { add_moments<S>(m); });
 }
 
 template <typename S>

@@ -5,243 +5,170 @@
 // its rows again; the gradient for the depthwise convolution reads rows of the output's gradient already taken through
 // the pointwise weights.
 //
-// All convolutions of a group have the same x.
+// Convolutions of a group read x, or follow one of those that do: then they read what it gives, z, normalised by the
+// statistics of the batch as its rows are loaded, and backward hands the gradient of z on in the same way. Neither the
+// normalised map nor the gradient of z exists in memory.
 //
 // Registered for the CPU key through the LibTorch stable ABI (torch >= 2.10); op.py has checked the arguments.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
 
-#include "../depthwise_conv/cpu_bands.h"
-#include "cpu_products.h"
+#include "cpu_sweeps.h"
 
 namespace dssp {
 namespace {
 
-// ---- bands of rows -------------------------------------------------------------------------------------------------
+constexpr int64_t kPartialSums = 64 * 1024;  // of the pointwise weights' gradient, over all parts of the batch
 
-template <typename Scalar>
-int64_t vectors_of(int64_t channels) {
-  return ceil_div(channels, Lanes<Scalar>::width);
-}
-
-template <typename Scalar>
-ChannelBlock all_channels(int64_t channels) {
-  return {0, channels, vectors_of<Scalar>(channels)};
-}
-
-// [C_out, C_in, 1, 1] -> [in][out], transposed: [out][in]; zeros up to whole vectors
-template <typename Scalar>
-Buffer<Sum<Scalar>> packed_pointwise(const Tensor& weight, bool transposed) {
-  constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const int64_t all_outputs = vectors_of<Scalar>(outputs) * width, all_inputs = vectors_of<Scalar>(inputs) * width;
-  Buffer<Sum<Scalar>> packed(all_outputs * all_inputs);
-  const auto from = read_images<Scalar>(weight);
-  for (int64_t out = 0; out < outputs; ++out) {
-    for (int64_t in = 0; in < inputs; ++in) {
-      packed[transposed ? out * all_inputs + in : in * all_outputs + out] = widened(*from.at(out, in, 0, 0));
-    }
-  }
-  return packed;
-}
-
-// A row of the depthwise convolution: [vector][column][lane] or, with its channels innermost, [column][channel].
-template <typename Scalar>
-struct DepthwiseRow {
-  static constexpr int64_t width = Lanes<Scalar>::width;
-  const Geometry& g;
-  const Sum<Scalar>* weights;
-  int64_t vector, column;  // distances
-  Buffer<Sum<Scalar>> row = Buffer<Sum<Scalar>>(vectors_of<Scalar>(g.channels) * g.columns.outputs * width);
-
-  static DepthwiseRow of_vectors(const Geometry& g, const Sum<Scalar>* weights) {
-    return {g, weights, g.columns.outputs * width, width};
-  }
-  static DepthwiseRow of_channels(const Geometry& g, const Sum<Scalar>* weights) {
-    return {g, weights, width, vectors_of<Scalar>(g.channels) * width};
-  }
-
-  // `taps`: the kernel rows that meet rows of x at this output row
-  void compute(const RowRing<Scalar>& x, const TapRows& taps) {
-    Correlation<Sum<Scalar>> c = {x.data(), weights};
-    c.rows = taps;
-    c.taps = forward_reads(g.columns, 0);
-    c.stride = g.columns.stride;
-    c.columns = g.columns.outputs;
-    c.vectors = x.block.vectors;
-    c.source_vector = x.vector_size();
-    c.taps_in_all = g.taps();
-    c.results = row.data();
-    c.result_vector = vector;
-    c.result_column = column;
-    correlate_loop(c);
-  }
-};
-
-// Output rows of one image.
-template <typename Scalar>
-struct SeparableForward {
-  static constexpr int64_t width = Lanes<Scalar>::width;
-  const Geometry& g;
-  RowRing<Scalar> x;
-  DepthwiseRow<Scalar> depthwise;
-  const Sum<Scalar>* pointwise;
-  Images<Scalar> y;
-  int64_t outputs;
-  Buffer<Sum<Scalar>> buffer = Buffer<Sum<Scalar>>(vectors_of<Scalar>(outputs) * depthwise.vector);
-  TapFinder finder{g.rows.taps};
-
-  void band(int64_t image, int64_t begin, int64_t end) {
-    x.start(image, all_channels<Scalar>(g.channels));
-    for (int64_t row = begin; row < end; ++row) {
-      const Reads reads = forward_reads(g.rows, row);
-      x.load(std::max<int64_t>(0, reads.source), reads.source + g.rows.reach());
-      depthwise.compute(x, finder.find(without_outside(reads, g.rows.inputs), x, g.columns.taps));
-      write(y.at(image, 0, row, 0));
-    }
-  }
-
-  // Straight into the tensor where its elements are sums, else through a row of sums.
-  void write(Scalar* to) {
-    Product<Sum<Scalar>> p = {depthwise.row.data(), pointwise};
-    p.columns = g.columns.outputs;
-    p.inputs = x.block.vectors * width;
-    p.vectors = vectors_of<Scalar>(outputs);
-    p.source_vector = depthwise.vector;
-    if constexpr (std::is_same_v<Scalar, Sum<Scalar>>) {
-      if (y.channel == 1 && outputs % width == 0) {
-        p.results = to;
-        p.result_vector = width;
-        p.result_column = y.column;
-        return multiply_loop(p);
-      }
-    }
-    p.results = buffer.data();
-    p.result_vector = p.source_vector;
-    p.result_column = width;
-    multiply_loop(p);
-    store_row_loop<Scalar>({to, y.channel, y.column, outputs, p.columns, buffer.data(), p.result_vector});
-  }
-};
-
-// Rows of the depthwise output's gradient: rows of the output's gradient taken through the pointwise weights.
-template <typename Scalar>
-struct GradientRows : Ring<Sum<Scalar>> {
-  static constexpr int64_t width = Lanes<Scalar>::width;
-  const Sum<Scalar>* pointwise;  // transposed; null: nobody wants these rows, only those that came
-  RowRing<Scalar> output;        // the last row, as it came
-  int64_t outputs, vectors, next = 0;
-
-  GradientRows(const Geometry& g, const Sum<Scalar>* pointwise, const Images<const Scalar>& grad, int64_t outputs)
-      : GradientRows(g, pointwise, grad, outputs, gradient_margins(g)) {}
-
-  void start(int64_t image, const ChannelBlock&) {
-    output.start(image, all_channels<Scalar>(outputs));
-    next = 0;
-  }
-
-  void load(int64_t first, int64_t last) {
-    for (next = std::max(next, first); next <= std::min(last, output.rows - 1); ++next) {
-      output.load(next, next);
-      if (!pointwise) continue;
-      Product<Sum<Scalar>> p = {output.data() + output.offset(next), pointwise};
-      p.columns = output.columns;
-      p.inputs = output.block.vectors * width;
-      p.vectors = vectors;
-      p.results = this->data() + this->offset(next);
-      p.source_vector = output.vector_size();
-      p.result_vector = this->vector_size();
-      p.result_column = width;
-      multiply_loop(p);
-    }
-  }
-
- private:
-  GradientRows(const Geometry& g, const Sum<Scalar>* pointwise, const Images<const Scalar>& grad, int64_t outputs,
-               const Margins& margins)
-      : Ring<Sum<Scalar>>(g.columns.outputs, margins.left, margins.right, margins.slots,
-                          vectors_of<Scalar>(g.channels)),
-        pointwise(pointwise),
-        output{grad, g.rows.outputs, g.columns.outputs, {0, 0, 1}, vectors_of<Scalar>(outputs), false},
-        outputs(outputs), vectors(vectors_of<Scalar>(g.channels)) {}
-};
-
-// The gradient of the pointwise weights, from output rows as Backward visits them: computes each depthwise row again.
-template <typename Scalar>
-struct PointwiseGradient {
-  DepthwiseRow<Scalar> depthwise;
-  Sum<Scalar>* gradients;  // null: not wanted
-
-  bool is_wanted() const { return gradients; }
-
-  void operator()(const RowRing<Scalar>& x, const GradientRows<Scalar>& grad, const TapRows& taps, int64_t row) {
-    if (!gradients) return;
-    depthwise.compute(x, taps);
-    OuterProduct<Sum<Scalar>> p = {depthwise.row.data(), grad.output.data() + grad.output.offset(row)};
-    p.columns = grad.output.columns;
-    p.vectors = x.block.vectors;
-    p.outputs = grad.output.block.vectors * Lanes<Scalar>::width;
-    p.gradients = gradients;
-    p.grad_vector = grad.output.vector_size();
-    accumulate_loop(p);
-  }
-};
-
-// ---- the whole tensors -----------------------------------------------------------------------------------------------
-
-// One convolution of a group: all have the same x.
+// One convolution of a group.
 struct Separable {
   Geometry g;
   Tensor depthwise, pointwise;
   bool relu;
+  int64_t follows;  // a convolution of the group, by its number; -1: it reads x
+  double eps;       // of the norm behind that
 
   int64_t outputs() const { return pointwise.size(0); }
 };
 using Group = std::vector<Separable>;
 
-inline int64_t most_rows(const Group& group) {
-  int64_t rows = 0;
-  for (const Separable& convolution : group) rows = std::max(rows, convolution.g.rows.outputs);
-  return rows;
+// A stage: the convolutions that read x, or those that follow others.
+std::vector<size_t> stage_of(const Group& group, bool followers) {
+  std::vector<size_t> stage;
+  for (size_t k = 0; k < group.size(); ++k) {
+    if ((group[k].follows >= 0) == followers) stage.push_back(k);
+  }
+  return stage;
 }
+
+Tensor empty_vector(int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  return empty_strided({&size, 1}, {&stride, 1}, dtype);
+}
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+// What every convolution gives, and for each that follows another the statistics [C] between them: the mean, the unbiased
+// variance (for the running statistics) and 1 / sqrt(biased variance + eps).
+struct Results {
+  std::vector<Tensor> maps, means, variances, scales;
+};
+
+// A norm by statistics of the batch, in whole vectors of channels.
+template <typename S>
+struct BatchNorm {
+  Buffer<S> mean, scale;
+
+  BatchNorm(int64_t channels) : mean(vectors_of<S>(channels) * Lanes<S>::width, S(0)), scale(mean) {}
+  BatchNorm(const Tensor& means, const Tensor& scales) : BatchNorm(means.size(0)) {
+    std::copy_n(static_cast<const S*>(means.const_data_ptr()), means.size(0), mean.data());
+    std::copy_n(static_cast<const S*>(scales.const_data_ptr()), means.size(0), scale.data());
+  }
+  Norm<S> norm() const { return {mean.data(), scale.data()}; }
+};
+
+// A convolution, what it reads and how, and where its results go.
+template <typename Scalar>
+struct ForwardWork {
+  const Separable& convolution;
+  Images<const Scalar> x;
+  OnLoad<Scalar> on_load;
+  Images<Scalar> y;
+  std::unique_ptr<PartMoments<Sum<Scalar>>> moments;  // of y; null: not wanted
+  Buffer<Sum<Scalar>> depthwise, pointwise;
+
+  ForwardWork(const Separable& convolution, Images<const Scalar> x, const OnLoad<Scalar>& on_load, Tensor& y)
+      : convolution(convolution), x(x), on_load(on_load), y(write_images<Scalar>(y)),
+        depthwise(packed_weights<Scalar>(convolution.g, convolution.depthwise)),
+        pointwise(packed_pointwise<Scalar>(convolution.pointwise, false)) {}
+
+  SeparableForward<Scalar> sweep() {
+    const Geometry& g = convolution.g;
+    return {g, input_rows<Scalar>(g, x, vectors_of<Scalar>(g.channels), on_load),
+            DepthwiseRow<Scalar>::of_vectors(g, depthwise.data()), pointwise.data(), y, convolution.outputs(),
+            moments.get()};
+  }
+};
 
 // A thread takes an image's rows through one convolution after the other: x stays in the cache. Where they have not all
 // as many output rows, it takes the same share of each one's.
 template <typename Scalar>
-void separable_forward(const Group& group, const Tensor& x, std::vector<Tensor>& results) {
-  const auto input = read_images<Scalar>(x);
-  const int64_t rows = most_rows(group), batch = x.size(0);
-  std::vector<Buffer<Sum<Scalar>>> depthwise, pointwise;
-  std::vector<Images<Scalar>> y;
-  for (Tensor& result : results) y.push_back(write_images<Scalar>(result));
-  int64_t work = 0;  // per image
-  for (const auto& [g, depthwise_weight, pointwise_weight, relu] : group) {
-    depthwise.push_back(packed_weights<Scalar>(g, depthwise_weight));
-    pointwise.push_back(packed_pointwise<Scalar>(pointwise_weight, false));
-    work += g.rows.outputs * g.columns.outputs * (g.taps() + pointwise_weight.size(0)) * vectors_of<Scalar>(g.channels);
-  }
-  torch::stable::parallel_for(0, batch * rows, kGrain * rows / work + 1, [&](int64_t begin, int64_t end) {
+void run_forward(std::vector<ForwardWork<Scalar>>& stage, const Parts& parts) {
+  torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
     std::vector<SeparableForward<Scalar>> sweeps;
-    for (size_t k = 0; k < group.size(); ++k) {
-      const Geometry& g = group[k].g;
-      sweeps.push_back({g, input_rows<Scalar>(g, input, vectors_of<Scalar>(g.channels), group[k].relu),
-                        DepthwiseRow<Scalar>::of_vectors(g, depthwise[k].data()), pointwise[k].data(), y[k],
-                        group[k].outputs()});
-    }
-    while (begin < end) {
-      const int64_t image = begin / rows, row = begin % rows, last = std::min(rows, row + end - begin);
-      for (auto& sweep : sweeps) {
-        const int64_t outputs = sweep.g.rows.outputs;
-        sweep.band(image, outputs * row / rows, outputs * last / rows);
+    for (auto& work : stage) sweeps.push_back(work.sweep());
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t image = parts.first_image(part); image < parts.first_image(part + parts.bands); ++image) {
+        for (auto& sweep : sweeps) sweep.part_of_image(parts, part, image);
       }
-      begin += last - row;
     }
   });
 }
+
+Parts parts_of(const Group& group, const std::vector<size_t>& stage) {
+  int64_t rows = 0, work = 0;
+  for (const size_t k : stage) {
+    const Geometry& g = group[k].g;
+    rows = std::max(rows, g.rows.outputs);
+    work += g.rows.outputs * g.columns.outputs * (g.taps() + group[k].outputs()) * ceil_div(g.channels, 8);
+  }
+  return Parts(group[stage[0]].g.batch, rows, work, kMaxParts);
+}
+
+template <typename Scalar>
+void write_statistics(const PartMoments<Sum<Scalar>>& moments, const Separable& follower, Tensor& means,
+                      Tensor& variances, Tensor& scales) {
+  using S = Sum<Scalar>;
+  const Geometry& g = follower.g;
+  const double count = g.batch * g.rows.inputs * g.columns.inputs;
+  for (int64_t c = 0; c < g.channels; ++c) {
+    const auto [mean, variance] = moments.statistics(c);
+    static_cast<S*>(means.mutable_data_ptr())[c] = static_cast<S>(mean);
+    static_cast<S*>(variances.mutable_data_ptr())[c] = static_cast<S>(variance * count / (count - 1));
+    static_cast<S*>(scales.mutable_data_ptr())[c] = static_cast<S>(1.0 / std::sqrt(variance + follower.eps));
+  }
+}
+
+template <typename Scalar>
+void separable_forward(const Group& group, const Tensor& x, Results& results) {
+  using S = Sum<Scalar>;
+  const auto first = stage_of(group, false), second = stage_of(group, true);
+  const Parts parts = parts_of(group, first);
+  std::vector<ForwardWork<Scalar>> stage;
+  for (const size_t k : first) {
+    stage.emplace_back(group[k], read_images<Scalar>(x), OnLoad<Scalar>{group[k].relu}, results.maps[k]);
+  }
+  for (const size_t k : second) {  // the convolutions that read x come first
+    const Separable& read = group[group[k].follows];
+    stage[group[k].follows].moments =
+        std::make_unique<PartMoments<S>>(parts.count, vectors_of<Scalar>(read.outputs()));
+  }
+  run_forward(stage, parts);
+  if (second.empty()) return;
+  std::vector<BatchNorm<S>> batch_norms;
+  std::vector<Norm<S>> norms;
+  for (size_t i = 0; i < second.size(); ++i) {
+    const Separable& follower = group[second[i]];
+    Tensor &means = results.means[i], &scales = results.scales[i];
+    write_statistics<Scalar>(*stage[follower.follows].moments, follower, means, results.variances[i], scales);
+    batch_norms.emplace_back(means, scales);
+    norms.push_back(batch_norms.back().norm());
+  }
+  std::vector<ForwardWork<Scalar>> next;
+  for (size_t i = 0; i < second.size(); ++i) {
+    const Separable& follower = group[second[i]];
+    next.emplace_back(follower, read_images<Scalar>(results.maps[follower.follows]),
+                      OnLoad<Scalar>{follower.relu, &norms[i]}, results.maps[second[i]]);
+  }
+  run_forward(next, parts_of(group, second));
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------------
 
 // partial [part][out][in], whole vectors of each -> [C_out, C_in, 1, 1], summed over the parts in order
 template <typename Scalar>
@@ -262,37 +189,43 @@ void write_pointwise_gradient(const Buffer<Sum<Scalar>>& partial, int64_t parts,
   }
 }
 
-constexpr int64_t kPartialSums = 64 * 1024;  // of the pointwise weights' gradient, over all parts of the batch
-
-// The gradients wanted of one convolution, given that of its output; null: not wanted.
-struct Wanted {
+// The gradients wanted of one convolution, given that of its output.
+template <typename Scalar>
+struct BackwardWork {
   const Separable& convolution;
-  const Tensor& grad;
-  Tensor *d_depthwise, *d_pointwise;
+  Images<const Scalar> x;
+  OnLoad<Scalar> x_on_load;
+  Images<const Scalar> grad;
+  OnLoad<Scalar> grad_on_load;
+  Images<Scalar> d_x;  // no data: not wanted
+  bool adds;           // to what d_x holds
+  bool sums_d_x;       // see InputGradientSums
+  Tensor *d_depthwise, *d_pointwise;  // null: not wanted
 };
 
 // Its packed weights, and the partial sums of their gradients: [part][...], as many sums per part as the size says.
 template <typename Scalar>
 struct SeparableGradients {
+  using S = Sum<Scalar>;
   static constexpr int64_t width = Lanes<Scalar>::width;
-  const Geometry& g;
-  Images<const Scalar> x, grad;
-  int64_t outputs, vectors, size, pointwise_size;
-  bool relu;
-  Buffer<Sum<Scalar>> depthwise, pointwise, partial, pointwise_partial;
+  const BackwardWork<Scalar>& work;
+  const Geometry& g = work.convolution.g;
+  int64_t outputs = work.convolution.outputs(), vectors = vectors_of<Scalar>(g.channels);
+  int64_t size = vectors * width * g.taps();
+  int64_t pointwise_size = vectors_of<Scalar>(outputs) * width * vectors * width;
+  Buffer<S> depthwise = packed_weights<Scalar>(g, work.convolution.depthwise);
+  Buffer<S> pointwise = packed_pointwise<Scalar>(work.convolution.pointwise, true);
+  Buffer<S> partial, pointwise_partial, zeros;
+  ChannelSums d_x_sums;
 
-  SeparableGradients(const Wanted& wanted, const Images<const Scalar>& x, int64_t parts)
-      : g(wanted.convolution.g), x(x), grad(read_images<Scalar>(wanted.grad)), outputs(wanted.convolution.outputs()),
-        vectors(vectors_of<Scalar>(g.channels)), size(vectors * width * g.taps()),
-        pointwise_size(vectors_of<Scalar>(outputs) * width * vectors * width), relu(wanted.convolution.relu),
-        depthwise(packed_weights<Scalar>(g, wanted.convolution.depthwise)),
-        pointwise(packed_pointwise<Scalar>(wanted.convolution.pointwise, true)),
-        partial(wanted.d_depthwise ? parts * size : 0),
-        pointwise_partial(wanted.d_pointwise ? parts * pointwise_size : 0) {}
+  SeparableGradients(const BackwardWork<Scalar>& work, int64_t parts)
+      : work(work), partial(work.d_depthwise ? parts * size : 0),
+        pointwise_partial(work.d_pointwise ? parts * pointwise_size : 0), zeros(vectors * width, S(0)),
+        d_x_sums{work.sums_d_x ? parts : 0, vectors * width} {}
 
-  void write(const Wanted& wanted, int64_t parts) const {
-    if (wanted.d_depthwise) write_weight_gradient<Scalar>(g, partial, parts, *wanted.d_depthwise);
-    if (wanted.d_pointwise) write_pointwise_gradient<Scalar>(pointwise_partial, parts, *wanted.d_pointwise);
+  void write(int64_t parts) const {
+    if (work.d_depthwise) write_weight_gradient<Scalar>(g, partial, parts, *work.d_depthwise);
+    if (work.d_pointwise) write_pointwise_gradient<Scalar>(pointwise_partial, parts, *work.d_pointwise);
   }
 };
 
@@ -300,130 +233,228 @@ struct SeparableGradients {
 template <typename Scalar>
 struct SeparableBackward {
   SeparableGradients<Scalar>& all;
-  Backward<Scalar, GradientRows<Scalar>, PointwiseGradient<Scalar>> sweep;
+  Backward<Scalar, GradientRows<Scalar>, PointwiseGradient<Scalar>, InputGradientSums<Scalar>> sweep;
 
-  // d_x: where the gradient of x goes, if anywhere; adds: to what is there
-  SeparableBackward(SeparableGradients<Scalar>& all, const Images<Scalar>& d_x, bool adds)
+  SeparableBackward(SeparableGradients<Scalar>& all)
       : all(all),
         sweep{all.g, all.depthwise.data(),
-              GradientRows<Scalar>(all.g, d_x.data || !all.partial.empty() ? all.pointwise.data() : nullptr, all.grad,
-                                   all.outputs),
-              input_rows<Scalar>(all.g, all.x, all.vectors, all.relu),
-              RowWriter<Scalar>(d_x, all.g.columns.inputs, all.vectors), adds,
-              {DepthwiseRow<Scalar>::of_channels(all.g, all.depthwise.data()), nullptr}} {}
+              GradientRows<Scalar>(all.g,
+                                   all.work.d_x.data || !all.partial.empty() ? all.pointwise.data() : nullptr,
+                                   all.work.grad, all.work.grad_on_load, all.outputs),
+              input_rows<Scalar>(all.g, all.work.x, all.vectors, all.work.x_on_load),
+              RowWriter<Scalar>(all.work.d_x, all.g.columns.inputs, all.vectors), all.work.adds,
+              {DepthwiseRow<Scalar>::of_channels(all.g, all.depthwise.data()), nullptr},
+              {all.work.sums_d_x ? &all.d_x_sums : nullptr, all.zeros.data()}} {}
 
   void part_of_image(const Parts& parts, int64_t part, int64_t image) {
     const auto sums = [part](Buffer<Sum<Scalar>>& partial, int64_t size) {
       return partial.empty() ? nullptr : partial.data() + part * size;
     };
     sweep.output_row.gradients = sums(all.pointwise_partial, all.pointwise_size);
+    sweep.input_row.part = part;
     sweep.part_of_image(parts, part, image, all_channels<Scalar>(all.g.channels), sums(all.partial, all.size));
   }
 };
 
 // The parts of the batch are the same for all convolutions, so that one thread writes and adds up the rows of d_x that
-// belong to a part while these are in its cache, in the order of the convolutions.
+// belong to a part while these are in its cache, in the order of the convolutions. Returns the sums that were wanted.
 template <typename Scalar>
-void separable_backward(const std::vector<Wanted>& wanted, const Tensor& x, Tensor* d_x) {
+std::vector<ChannelSums> run_backward(const std::vector<BackwardWork<Scalar>>& stage) {
   constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t vectors = vectors_of<Scalar>(x.size(1));
-  int64_t rows = 0, work = 0, outputs = 1;
-  for (const auto& [convolution, grad, d_depthwise, d_pointwise] : wanted) {
-    const Geometry& g = convolution.g;
+  int64_t rows = 0, work = 0, most_products = 1;
+  for (const auto& one : stage) {
+    const Geometry& g = one.convolution.g;
+    const int64_t vectors = vectors_of<Scalar>(g.channels);
     rows = std::max(rows, g.rows.outputs);
     work += g.rows.outputs * g.columns.outputs * g.taps() * vectors;
-    outputs = std::max(outputs, vectors_of<Scalar>(convolution.outputs()) * width);
+    most_products =
+        std::max(most_products, vectors_of<Scalar>(one.convolution.outputs()) * width * vectors * width);
   }
-  const Parts parts(x.size(0), rows, work, std::max<int64_t>(8, kPartialSums / (outputs * vectors * width)));
-  const auto input = read_images<Scalar>(x);
-  const auto input_gradient = d_x ? write_images<Scalar>(*d_x) : Images<Scalar>{};
+  const int64_t batch = stage[0].convolution.g.batch;
+  const Parts parts(batch, rows, work, std::clamp<int64_t>(kPartialSums / most_products, 8, kMaxParts));
   std::vector<SeparableGradients<Scalar>> gradients;
-  for (const Wanted& one : wanted) gradients.emplace_back(one, input, parts.count);
+  gradients.reserve(stage.size());  // they refer to themselves
+  for (const auto& one : stage) gradients.emplace_back(one, parts.count);
   torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
     std::vector<SeparableBackward<Scalar>> sweeps;
-    for (auto& all : gradients) sweeps.emplace_back(all, input_gradient, !sweeps.empty());
+    for (auto& all : gradients) sweeps.emplace_back(all);
     for (int64_t part = begin; part < end; ++part) {
       for (int64_t image = parts.first_image(part); image < parts.first_image(part + parts.bands); ++image) {
         for (auto& sweep : sweeps) sweep.part_of_image(parts, part, image);
       }
     }
   });
-  for (size_t k = 0; k < wanted.size(); ++k) gradients[k].write(wanted[k], parts.count);
-}
-
-// ---- the registered operators ----------------------------------------------------------------------------------------
-
-// strides, paddings, dilations: two each per convolution
-Group group_of(const Tensor& x, const std::vector<Tensor>& depthwise, const std::vector<Tensor>& pointwise,
-               const Pair& strides, const Pair& paddings, const Pair& dilations, const std::vector<bool>& relu) {
-  Group group;
-  for (size_t k = 0; k < depthwise.size(); ++k) {
-    const auto pair = [k](const Pair& values) { return Pair{values[2 * k], values[2 * k + 1]}; };
-    const Geometry g = geometry_of(x, depthwise[k], pair(strides), pair(paddings), pair(dilations));
-    group.push_back({g, depthwise[k], pointwise[k], relu[k]});
+  std::vector<ChannelSums> sums;
+  for (auto& all : gradients) {
+    all.write(parts.count);
+    sums.push_back(std::move(all.d_x_sums));
   }
-  return group;
-}
-
-std::vector<Tensor> forward(const Tensor& x, const Group& group) {
-  std::vector<Tensor> results;
-  for (const Separable& convolution : group) {
-    const Geometry& g = convolution.g;
-    results.push_back(empty_images(x, convolution.outputs(), g.rows.outputs, g.columns.outputs));
-  }
-  with_storage(x.scalar_type(), [&](auto scalar) { separable_forward<decltype(scalar)>(group, x, results); });
-  return results;
+  return sums;
 }
 
 struct Gradients {
   Tensor x;
-  std::vector<Tensor> depthwise, pointwise;  // those needed
+  std::vector<std::optional<Tensor>> depthwise, pointwise;  // those needed
 };
 
-Gradients backward(const std::vector<std::optional<Tensor>>& grads, const Tensor& x, const Group& group,
-                   bool needs_input_grad, const std::vector<bool>& needs_depthwise_grad,
-                   const std::vector<bool>& needs_pointwise_grad) {
-  const int32_t dtype = dtype_of(x);
-  const int64_t channels = x.size(1);
-  Gradients found = {needs_input_grad ? empty_images(x, channels, x.size(2), x.size(3)) : no_elements(x), {}, {}};
-  found.depthwise.reserve(group.size());  // pointers into them must stay
-  found.pointwise.reserve(group.size());
-  std::vector<Wanted> wanted;
-  for (size_t k = 0; k < group.size(); ++k) {
-    const Geometry& g = group[k].g;
-    if (needs_depthwise_grad[k]) {
-      found.depthwise.push_back(empty_strided({channels, 1, g.rows.taps, g.columns.taps},
-                                              {g.taps(), g.taps(), g.columns.taps, 1}, dtype));
+// What backward is given beside the group: the gradient of each result (none where others follow it, or where nobody
+// used it), and forward's x, maps, means and scales of those that others follow.
+struct Saved {
+  const std::vector<std::optional<Tensor>>& grads;
+  const Tensor& x;
+  const std::vector<Tensor>&maps, &means, &scales;
+};
+
+// The norm between a convolution and the one that follows it, backward.
+template <typename Scalar>
+struct NormBetween {
+  using S = Sum<Scalar>;
+  BatchNorm<S> batch_norm;
+  Norm<S> norm = batch_norm.norm();
+  Buffer<S> constant = Buffer<S>(batch_norm.mean.size(), S(0)), slope = constant;
+  NormBackward<Scalar> gradient = {};
+  Tensor d_y;  // of the normalised map
+
+  NormBetween(const Tensor& means, const Tensor& scales, const Tensor& like)
+      : batch_norm(means, scales), d_y(empty_images(like, like.size(1), like.size(2), like.size(3))) {}
+  NormBetween(const NormBetween&) = delete;  // it refers to itself
+
+  void finish(const ChannelSums& sums, const Geometry& g, const Tensor& z) {
+    const double count = g.batch * g.rows.inputs * g.columns.inputs;
+    for (int64_t c = 0; c < g.channels; ++c) {
+      constant[c] = static_cast<S>(sums.total(0, c) / count);
+      slope[c] = static_cast<S>(sums.total(1, c) / count * batch_norm.scale[c]);
     }
-    if (needs_pointwise_grad[k]) {
-      found.pointwise.push_back(empty_strided({group[k].outputs(), channels, 1, 1}, {channels, 1, 1, 1}, dtype));
-    }
-    const bool needs_weight_grad = needs_depthwise_grad[k] || needs_pointwise_grad[k];
-    STD_TORCH_CHECK(grads[k] || !needs_weight_grad, "grads: expected one for every convolution that needs a gradient");
-    if (!grads[k] || !(needs_input_grad || needs_weight_grad)) continue;
-    wanted.push_back({group[k], *grads[k], needs_depthwise_grad[k] ? &found.depthwise.back() : nullptr,
-                      needs_pointwise_grad[k] ? &found.pointwise.back() : nullptr});
+    gradient = {norm, constant.data(), slope.data(), read_images<Scalar>(z)};
   }
-  STD_TORCH_CHECK(!wanted.empty() || !needs_input_grad, "grads: expected at least one, got none");
-  with_storage(x.scalar_type(), [&](auto scalar) {
-    separable_backward<decltype(scalar)>(wanted, x, needs_input_grad ? &found.x : nullptr);
-  });
-  return found;
+};
+
+template <typename Scalar>
+void separable_backward(const Group& group, const Saved& saved, bool needs_input_grad, Gradients& found) {
+  const auto wanted = [](std::optional<Tensor>& gradient) { return gradient ? &*gradient : nullptr; };
+  const auto first = stage_of(group, false), second = stage_of(group, true);
+  std::vector<std::unique_ptr<NormBetween<Scalar>>> norms(group.size());  // behind convolutions that others follow
+  std::vector<BackwardWork<Scalar>> stage;
+  std::vector<size_t> followers;
+  for (size_t i = 0; i < second.size(); ++i) {
+    const size_t k = second[i], read = group[k].follows;
+    if (!saved.grads[k]) continue;
+    const Tensor& z = saved.maps[i];
+    norms[read] = std::make_unique<NormBetween<Scalar>>(saved.means[i], saved.scales[i], z);
+    NormBetween<Scalar>& norm = *norms[read];
+    const bool goes_on = needs_input_grad || found.depthwise[read] || found.pointwise[read];
+    if (!goes_on && !found.depthwise[k] && !found.pointwise[k]) continue;
+    stage.push_back({group[k], read_images<Scalar>(z), {group[k].relu, &norm.norm},
+                     read_images<Scalar>(*saved.grads[k]), {},
+                     goes_on ? write_images<Scalar>(norm.d_y) : Images<Scalar>{}, false, goes_on,
+                     wanted(found.depthwise[k]), wanted(found.pointwise[k])});
+    followers.push_back(i);
+  }
+  if (!stage.empty()) {
+    const auto sums = run_backward(stage);
+    for (size_t n = 0; n < followers.size(); ++n) {
+      const Separable& follower = group[second[followers[n]]];
+      if (stage[n].sums_d_x) norms[follower.follows]->finish(sums[n], follower.g, saved.maps[followers[n]]);
+    }
+  }
+  stage.clear();
+  const auto d_x = needs_input_grad ? write_images<Scalar>(found.x) : Images<Scalar>{};
+  for (const size_t k : first) {
+    const NormBetween<Scalar>* norm = norms[k].get();
+    if (!(norm || saved.grads[k]) || !(needs_input_grad || found.depthwise[k] || found.pointwise[k])) continue;
+    stage.push_back({group[k], read_images<Scalar>(saved.x), {group[k].relu},
+                     read_images<Scalar>(norm ? norm->d_y : *saved.grads[k]),
+                     {false, nullptr, norm ? &norm->gradient : nullptr}, d_x, !stage.empty(), false,
+                     wanted(found.depthwise[k]), wanted(found.pointwise[k])});
+  }
+  if (!stage.empty()) run_backward(stage);
 }
 
-std::vector<Tensor> separable_conv2d_group_forward(Tensor x, std::vector<Tensor> depthwise,
-                                                   std::vector<Tensor> pointwise, Pair strides, Pair paddings,
-                                                   Pair dilations, std::vector<bool> relu) {
-  return forward(x, group_of(x, depthwise, pointwise, strides, paddings, dilations, relu));
+// ---- the registered operators ----------------------------------------------------------------------------------------
+
+// strides, paddings, dilations: two each per convolution. Those that read x come first.
+Group group_of(const Tensor& x, const std::vector<Tensor>& depthwise, const std::vector<Tensor>& pointwise,
+               const Pair& strides, const Pair& paddings, const Pair& dilations, const std::vector<bool>& relu,
+               const Pair& follows, const std::vector<double>& eps) {
+  Group group;
+  for (size_t k = 0; k < depthwise.size(); ++k) {
+    const auto pair = [k](const Pair& values) { return Pair{values[2 * k], values[2 * k + 1]}; };
+    const auto geometry = [&](const std::vector<int64_t>& sizes) {
+      return geometry_of(sizes, depthwise[k], pair(strides), pair(paddings), pair(dilations));
+    };
+    if (follows[k] < 0) {
+      group.push_back({geometry(sizes_of(x)), depthwise[k], pointwise[k], relu[k], -1, eps[k]});
+    } else {
+      const Separable& read = group.at(follows[k]);
+      const std::vector<int64_t> sizes = {read.g.batch, read.outputs(), read.g.rows.outputs, read.g.columns.outputs};
+      group.push_back({geometry(sizes), depthwise[k], pointwise[k], relu[k], follows[k], eps[k]});
+    }
+  }
+  return group;
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>
+separable_conv2d_group_forward(Tensor x, std::vector<Tensor> depthwise, std::vector<Tensor> pointwise, Pair strides,
+                               Pair paddings, Pair dilations, std::vector<bool> relu, Pair follows,
+                               std::vector<double> eps) {
+  const Group group = group_of(x, depthwise, pointwise, strides, paddings, dilations, relu, follows, eps);
+  Results results;
+  with_storage(x.scalar_type(), [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    const int32_t sums = std::is_same_v<Scalar, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    for (const Separable& convolution : group) {
+      const Geometry& g = convolution.g;
+      results.maps.push_back(empty_images(x, convolution.outputs(), g.rows.outputs, g.columns.outputs));
+      if (convolution.follows < 0) continue;
+      for (auto* vectors : {&results.means, &results.variances, &results.scales}) {
+        vectors->push_back(empty_vector(g.channels, sums));
+      }
+    }
+    separable_forward<Scalar>(group, x, results);
+  });
+  return {results.maps, results.means, results.variances, results.scales};
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> separable_conv2d_group_backward(
-    std::vector<std::optional<Tensor>> grads, Tensor x, std::vector<Tensor> depthwise, std::vector<Tensor> pointwise,
-    Pair strides, Pair paddings, Pair dilations, std::vector<bool> relu, bool needs_input_grad,
-    std::vector<bool> needs_depthwise_grad, std::vector<bool> needs_pointwise_grad) {
-  const Group group = group_of(x, depthwise, pointwise, strides, paddings, dilations, relu);
-  Gradients found = backward(grads, x, group, needs_input_grad, needs_depthwise_grad, needs_pointwise_grad);
-  return {found.x, found.depthwise, found.pointwise};
+    std::vector<std::optional<Tensor>> grads, Tensor x, std::vector<Tensor> maps, std::vector<Tensor> means,
+    std::vector<Tensor> scales, std::vector<Tensor> depthwise, std::vector<Tensor> pointwise, Pair strides,
+    Pair paddings, Pair dilations, std::vector<bool> relu, Pair follows, std::vector<double> eps,
+    bool needs_input_grad, std::vector<bool> needs_depthwise_grad, std::vector<bool> needs_pointwise_grad) {
+  const Group group = group_of(x, depthwise, pointwise, strides, paddings, dilations, relu, follows, eps);
+  const int32_t dtype = dtype_of(x);
+  Gradients found = {needs_input_grad ? empty_images(x, x.size(1), x.size(2), x.size(3)) : no_elements(x), {}, {}};
+  std::vector<bool> has_grad(group.size());
+  for (size_t k = 0; k < group.size(); ++k) has_grad[k] = grads[k].has_value();
+  for (const Separable& convolution : group) {
+    if (convolution.follows >= 0) has_grad[convolution.follows] = has_grad[&convolution - group.data()];
+  }
+  for (size_t k = 0; k < group.size(); ++k) {
+    const auto& [rows, columns] = std::tie(group[k].g.rows, group[k].g.columns);
+    const int64_t channels = group[k].g.channels, taps = group[k].g.taps();
+    STD_TORCH_CHECK(has_grad[k] || !(needs_depthwise_grad[k] || needs_pointwise_grad[k]),
+                    "grads: expected one for every convolution that needs a gradient");
+    found.depthwise.emplace_back();
+    found.pointwise.emplace_back();
+    if (needs_depthwise_grad[k]) {
+      found.depthwise[k] = empty_strided({channels, 1, rows.taps, columns.taps}, {taps, taps, columns.taps, 1}, dtype);
+    }
+    if (needs_pointwise_grad[k]) {
+      found.pointwise[k] = empty_strided({group[k].outputs(), channels, 1, 1}, {channels, 1, 1, 1}, dtype);
+    }
+  }
+  const bool any = std::find(has_grad.begin(), has_grad.end(), true) != has_grad.end();
+  STD_TORCH_CHECK(any || !needs_input_grad, "grads: expected at least one, got none");
+  with_storage(x.scalar_type(), [&](auto scalar) {
+    separable_backward<decltype(scalar)>(group, {grads, x, maps, means, scales}, needs_input_grad, found);
+  });
+  const auto needed = [](const std::vector<std::optional<Tensor>>& gradients) {
+    std::vector<Tensor> some;
+    for (const auto& gradient : gradients) {
+      if (gradient) some.push_back(*gradient);
+    }
+    return some;
+  };
+  return {found.x, needed(found.depthwise), needed(found.pointwise)};
 }
 
 }  // namespace

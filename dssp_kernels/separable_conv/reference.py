@@ -1,9 +1,13 @@
-"""separable_conv2d in plain PyTorch: the oracle. Any device, differentiable any number of times."""
+"""separable_conv2d, and the norm of a SeparablePair, in plain PyTorch: the oracle.
+
+Any device, differentiable any number of times.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,3 +28,15 @@ def separable_conv2d_reference(
     x: [B, C, H, W]; depthwise: [C, 1, kh, kw]; pointwise: [C_out, C, 1, 1]; y: [B, C_out, H', W'].
     """
     return F.conv2d(depthwise_conv2d_reference(x, depthwise, stride, padding, dilation, relu), pointwise)
+
+
+def batch_norm_reference(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """batch_norm(z) by the statistics of the batch, and these, without gradients, [C] in float32 at least.
+
+    They are the mean, the unbiased variance and 1 / sqrt(biased variance + eps).
+    """
+    wide = z.detach().to(torch.promote_types(z.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, (0, 2, 3))
+    count = wide.numel() // wide.shape[1]
+    scale = (variance * ((count - 1) / count) + eps).rsqrt()
+    return F.batch_norm(z, None, None, training=True, eps=eps), mean, variance, scale

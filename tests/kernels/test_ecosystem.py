@@ -17,6 +17,7 @@ from dssp_kernels import (
     FusedMixedEdge,
     FusedMixedNode,
     SeparableConvolution,
+    SeparablePair,
     batch_norm_mixed_sum,
     depthwise_conv2d,
     mixed_sum,
@@ -263,6 +264,7 @@ def operator(name: str, layout: torch.memory_format) -> tuple[Callable[..., Tens
     x = [torch.randn(3, 4, 5, 6, generator=generator).contiguous(memory_format=layout) for _ in range(3)]
     alpha, mask = torch.randn(3, generator=generator), torch.randn(1, generator=generator)
     depthwise, pointwise = torch.randn(4, 1, 3, 3, generator=generator), torch.randn(7, 4, 1, 1, generator=generator)
+    second = torch.randn(7, 1, 3, 3, generator=generator), torch.randn(4, 7, 1, 1, generator=generator)
     norms = [nn.BatchNorm2d(4), None, nn.BatchNorm2d(4, affine=False)]
     return {
         "mixed_sum": (lambda alpha, mask, *x: mixed_sum(x, alpha, mask), [alpha, mask, *x]),
@@ -276,13 +278,26 @@ def operator(name: str, layout: torch.memory_format) -> tuple[Callable[..., Tens
             lambda x, *weights: sum(separable_conv2d_group(x, [SeparableConvolution(*weights, 1, 1)] * 2)),
             [x[0], depthwise, pointwise],
         ),
+        "separable_conv2d_group, pair": (
+            lambda x, depthwise, pointwise, *second: separable_conv2d_group(
+                x,
+                [
+                    SeparablePair(
+                        SeparableConvolution(depthwise, pointwise, 1, 1),
+                        nn.BatchNorm2d(7, affine=False),
+                        SeparableConvolution(*second, 1, 1, relu=True),
+                    )
+                ],
+            )[0],
+            [x[0], depthwise, pointwise, *second],
+        ),
         "pool_batch_norm": (lambda x: pool_batch_norm(x, "max", 3, stride=2, padding=1)[0], [x[0]]),
     }[name]
 
 
 OPERATORS = [
     *("mixed_sum", "batch_norm_mixed_sum", "depthwise_conv2d", "separable_conv2d", "separable_conv2d_group"),
-    "pool_batch_norm",
+    *("separable_conv2d_group, pair", "pool_batch_norm"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -45,7 +46,47 @@ def groups_behind(y: Tensor) -> list[int]:
 
 @edges
 def test_an_edge_runs_what_its_candidates_start_with_as_one_operation(make: Callable[[], FusedMixedEdge]) -> None:
-    assert groups_behind(make()(X.clone().requires_grad_())) == [1, 1, 4]  # alone: the second halves of two of the four
+    """Two pairs of convolutions with a norm between, and two single ones."""
+    assert groups_behind(make()(X.clone().requires_grad_())) == [6]
+
+
+@edges
+@pytest.mark.parametrize("change", ["hook", "evaluation", "affine", "cumulative average", "another norm"])
+def test_norm_that_wants_to_run_by_itself_parts_a_pair(make: Callable[[], FusedMixedEdge], change: str) -> None:
+    edge = make()
+    candidate = edge._ops[DARTS.operations.index("sep_conv_3x3")]
+    norm = candidate.op[3]
+    seen: list[Tensor] = []
+    if change == "hook":
+        norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    elif change == "evaluation":
+        norm.eval()
+    elif change == "cumulative average":
+        norm.momentum = None
+    else:
+        kinds = {"affine": torch.nn.BatchNorm2d(8), "another norm": torch.nn.GroupNorm(1, 8)}
+        candidate.op[3] = kinds[change]
+    assert groups_behind(edge(X.clone().requires_grad_())) == [1, 5]
+    assert len(seen) == (change == "hook")
+
+
+@edges
+@pytest.mark.parametrize("training", [True, False])
+def test_an_edge_gives_what_its_candidates_do(make: Callable[[], FusedMixedEdge], training: bool) -> None:
+    edge = make().double().train(training)
+    alone = copy.deepcopy(edge)
+    x, weights = X.double(), torch.linspace(-1, 1, 8, dtype=torch.float64)
+    found = edge(x.requires_grad_(), weights)
+    outputs = [op(x) for op in alone._ops]
+    mixed = sum(w * y for w, y in zip(weights.softmax(0), outputs, strict=True) if y is not None)
+    expected = torch.sigmoid(alone.mask) * mixed
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(edge.state_dict(), alone.state_dict())
+    leaves = [list(some._ops.parameters()) for some in (edge, alone)]
+    first, second = (
+        torch.autograd.grad(y.sin().sum(), [x, *of]) for y, of in zip((found, expected), leaves, strict=True)
+    )
+    torch.testing.assert_close(first, second)
 
 
 @edges
@@ -81,4 +122,4 @@ def test_candidate_with_a_hook_runs_on_its_own() -> None:
     edge = stock_edge()
     seen: list[Tensor] = []
     edge._ops[6].op[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    assert groups_behind(edge(X.clone().requires_grad_())) == [1, 1, 3] and len(seen) == 1
+    assert groups_behind(edge(X.clone().requires_grad_())) == [5] and len(seen) == 1

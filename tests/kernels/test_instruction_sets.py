@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dssp_kernels import SeparableConvolution, batch_norm_mixed_sum, mixed_sum, pool_batch_norm, separable_conv2d_group
+from dssp_kernels import (
+    SeparableConvolution,
+    SeparablePair,
+    batch_norm_mixed_sum,
+    mixed_sum,
+    pool_batch_norm,
+    separable_conv2d_group,
+)
 from dssp_kernels.backend import get_backend, set_backend
 from tests.kernels.backends import with_cpu_kernels
 from tests.source_trees import ROOT
@@ -36,6 +43,7 @@ def results(dtype: torch.dtype) -> list[Tensor]:
         SeparableConvolution(weights[0], weights[2], padding=2, dilation=2, relu=True),
         SeparableConvolution(weights[1], weights[3], padding=2, stride=2),
     ]
+    convolutions.append(SeparablePair(convolutions[0], nn.BatchNorm2d(24, affine=False, dtype=dtype), convolutions[1]))
     inputs = [x, -x, x * x]
     norms = [nn.BatchNorm2d(24, affine=False), None, nn.BatchNorm2d(24, affine=False)]
     outputs = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dssp_kernels import (
     SeparableConvolution,
+    SeparablePair,
     batch_norm_mixed_sum,
     depthwise_conv2d,
     get_backend,
@@ -156,6 +157,15 @@ def group_in_one(x: Tensor, depthwise: Tensor, other: Tensor, pointwise: Tensor,
     return torch.cat([y.flatten() for y in separable_conv2d_group(x, group)])
 
 
+def pair(x: Tensor, depthwise: Tensor, pointwise: Tensor, other: Tensor, last: Tensor, **arguments: int) -> Tensor:
+    """Two convolutions with a norm between, of which only the first runs with the arguments."""
+    first, second = (
+        SeparableConvolution(depthwise, pointwise, **arguments),
+        SeparableConvolution(other, last, padding=1),
+    )
+    return separable_conv2d_group(x, [SeparablePair(first, nn.BatchNorm2d(7, affine=False), second)])[0]
+
+
 # Odd sizes: rests shorter than a vector, and bytes left over between the end of a tensor and of its memory.
 SHAPES = {"5x17x5x3": (5, 17, 5, 3), "2x8x9x11": (2, 8, 9, 11), "1x3x61x43": (1, 3, 61, 43)}
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -173,6 +183,9 @@ OPERATORS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], Run]] = {
     "pool_batch_norm": pools,
     "separable_conv2d_group": lambda shape, dtype, layout: convolution(
         group_in_one, [(shape[1], 1, 3, 3), (shape[1], 1, 2, 2), (7, shape[1], 1, 1)], shape, dtype, layout
+    ),
+    "separable_conv2d_group, pair": lambda shape, dtype, layout: convolution(
+        pair, [(shape[1], 1, 3, 3), (7, shape[1], 1, 1), (7, 1, 2, 2), (3, 7, 1, 1)], shape, dtype, layout
     ),
 }
 

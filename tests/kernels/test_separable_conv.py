@@ -139,12 +139,13 @@ def test_only_the_gradients_needed_are_computed(backend: str, needed: tuple[int,
 def test_opcheck(layout: str, needs: tuple[bool, ...]) -> None:
     tensors = LAYOUTS[layout](normal(2, 5, 7, 6)), *weights(5, 4)
     x, depthwise, pointwise = tensors
-    arguments = (x, [depthwise], [pointwise], [2, 1], [1, 2], [1, 2], [True])
+    arguments = (x, [depthwise], [pointwise], [2, 1], [1, 2], [1, 2], [True], [-1], [0.0])
     opcheck(torch.ops.dssp_kernels.separable_conv2d_group_forward, arguments)
     grad = normal(*separable_conv2d(*tensors, stride=(2, 1), padding=(1, 2), dilation=(1, 2)).shape)
     needs_x, needs_depthwise, needs_pointwise = map(bool, needs)
     needed = (needs_x, [needs_depthwise], [needs_pointwise])
-    opcheck(torch.ops.dssp_kernels.separable_conv2d_group_backward, ([grad], *arguments, *needed))
+    arguments = [grad], x, [], [], [], *arguments[1:], *needed
+    opcheck(torch.ops.dssp_kernels.separable_conv2d_group_backward, arguments)
 
 
 def test_compiles_without_graph_breaks() -> None:

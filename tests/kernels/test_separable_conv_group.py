@@ -259,12 +259,15 @@ def test_opcheck(layout: str, frozen: tuple[int, ...], unused: tuple[int, ...]) 
         [1, 2, 0, 3],
         [1, 2, 2, 1],
         [True, False],
+        [-1, -1],
+        [0.0, 0.0],
     )
     opcheck(torch.ops.dssp_kernels.separable_conv2d_group_forward, arguments)
-    results = torch.ops.dssp_kernels.separable_conv2d_group_forward(*arguments)
+    results, *_ = torch.ops.dssp_kernels.separable_conv2d_group_forward(*arguments)
     grads = [None if k in unused else normal(*y.shape) for k, y in enumerate(results)]
     needs = [[2 * k + half not in frozen and k not in unused for k in range(2)] for half in range(2)]
-    opcheck(torch.ops.dssp_kernels.separable_conv2d_group_backward, (grads, *arguments, 0 not in frozen, *needs))
+    arguments = grads, x, [], [], [], *arguments[1:], 0 not in frozen, *needs
+    opcheck(torch.ops.dssp_kernels.separable_conv2d_group_backward, arguments)
 
 
 @pytest.mark.parametrize("frozen", [(), (0, 1, 2, 8)], ids=["all gradients", "some frozen"])
@@ -305,7 +308,12 @@ GOOD = SeparableConvolution(torch.zeros(3, 1, 3, 3), torch.zeros(2, 3, 1, 1))
         (TypeError, r"x: expected a tensor, got list", [1.0], [GOOD]),
         (TypeError, r"convolutions: expected a list or tuple of them, got SeparableConvolution", IMAGES, GOOD),
         (ValueError, r"convolutions: expected at least one, got none", IMAGES, []),
-        (TypeError, r"convolutions\[1\]: expected a SeparableConvolution, got Tensor", IMAGES, [GOOD, IMAGES]),
+        (
+            TypeError,
+            r"convolutions\[1\]: expected a SeparableConvolution or a SeparablePair, got Tensor",
+            IMAGES,
+            [GOOD, IMAGES],
+        ),
         (
             ValueError,
             r"convolutions\[1\]: .*got \[2, 1, 1, 1\]",

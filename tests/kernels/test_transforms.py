@@ -14,6 +14,7 @@ from bench.stock_darts import MixedOp
 from dssp_kernels import (
     FusedMixedEdge,
     SeparableConvolution,
+    SeparablePair,
     batch_norm_mixed_sum,
     depthwise_conv2d,
     fuse_mixed_ops,
@@ -32,6 +33,8 @@ def normal(*shape: int) -> Tensor:
 
 ALPHA, DEPTHWISE, POINTWISE, SCALE = normal(3), normal(4, 1, 3, 3), normal(5, 4, 1, 1), normal(4, 1, 1)
 GIVEN = SeparableConvolution(normal(4, 1, 3, 3), POINTWISE, padding=1, relu=True)
+OTHER = SeparableConvolution(normal(5, 1, 3, 3), normal(4, 5, 1, 1), relu=True)
+NORM = nn.BatchNorm2d(5, affine=False, track_running_stats=False)
 NORMS = [nn.BatchNorm2d(4, affine=False).double(), None, nn.BatchNorm2d(4).double()]
 IMAGES = normal(3, 2, 4, 5, 5)  # what is mapped over, then [B, C, H, W]
 
@@ -52,6 +55,10 @@ OPERATORS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {  # o
     "separable_conv2d": (lambda x, weight: separable_conv2d(x, weight, POINTWISE, stride=2, relu=True), DEPTHWISE),
     "separable_conv2d_group": (
         lambda x, weight: sum(separable_conv2d_group(x, [GIVEN._replace(depthwise=weight), GIVEN])),
+        DEPTHWISE,
+    ),
+    "separable_conv2d_group, pair": (
+        lambda x, weight: separable_conv2d_group(x, [SeparablePair(GIVEN._replace(depthwise=weight), NORM, OTHER)])[0],
         DEPTHWISE,
     ),
     "pool_batch_norm, max": (lambda x, scale: pool_batch_norm(x * scale, "max", 3, padding=1)[0], SCALE),
