@@ -63,9 +63,17 @@ inline Tensor empty_strided(Sizes sizes, Sizes strides, int32_t dtype) {
 
 inline Tensor empty_as(const Tensor& like) { return empty_strided(like.sizes(), like.strides(), dtype_of(like)); }
 
-inline Tensor no_elements(const Tensor& like) {
-  const int64_t size = 0, stride = 1;
-  return empty_strided({&size, 1}, {&stride, 1}, dtype_of(like));
+inline Tensor empty_vector(int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  return empty_strided({&size, 1}, {&stride, 1}, dtype);
+}
+
+inline Tensor no_elements(const Tensor& like) { return empty_vector(0, dtype_of(like)); }
+
+// The dtype of sums of a storage type.
+template <typename Scalar>
+int32_t dtype_of_sums() {
+  return std::is_same_v<Scalar, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
 }  // namespace dssp

@@ -214,12 +214,12 @@ def _steps(modules: Sequence[nn.Module]) -> list[Step]:
     left = list(modules)
     while left:
         module, relu = left.pop(0), None
-        if left and _is_plain_relu(module) and _is_depthwise(left[0]):
+        if left and is_plain_relu(module) and _is_depthwise(left[0]):
             module, relu = left.pop(0), module
         following = left[0] if left else None
         if not _is_depthwise(module):
             steps.append(module)
-        elif following is not None and _is_pointwise(following):
+        elif following is not None and is_pointwise(following):
             steps.append(SeparableStep(module, following, relu is not None, channels_last_only=True))
             left.pop(0)
         else:
@@ -227,7 +227,8 @@ def _steps(modules: Sequence[nn.Module]) -> list[Step]:
     return steps
 
 
-def _is_plain_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:
+def is_plain_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:
+    """Whether it is an nn.ReLU that writes into memory of its own, and nobody watches it."""
     return type(module) is nn.ReLU and not module.inplace and not is_watched(module)
 
 
@@ -246,7 +247,8 @@ def _is_depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return _is_plain_conv(module) and 1 < module.groups == module.in_channels == module.out_channels
 
 
-def _is_pointwise(module: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
+def is_pointwise(module: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
+    """Whether it is an nn.Conv2d of 1x1 kernels without bias, padding and groups, and nobody watches it."""
     return (
         _is_plain_conv(module)
         and module.groups == 1
@@ -268,7 +270,7 @@ def _both_halves(relu: nn.Module, conv_1: nn.Module, conv_2: nn.Module, x: Tenso
     the stride is not: in channels_last the gradient of a strided 1x1 convolution with fewer input channels than a
     vector holds writes out of bounds (oneDNN issue 6035).
     """
-    if x.dim() == 4 and _is_plain_relu(relu) and _is_pointwise(conv_1, stride=2) and _is_pointwise(conv_2, stride=2):
+    if x.dim() == 4 and is_plain_relu(relu) and is_pointwise(conv_1, stride=2) and is_pointwise(conv_2, stride=2):
         even, odd = F.relu(x[:, :, ::2, ::2]), F.relu(x[:, :, 1::2, 1::2])
         return torch.cat([F.conv2d(even, conv_1.weight), F.conv2d(odd, conv_2.weight)], dim=1)
     x = relu(x)

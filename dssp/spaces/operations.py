@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dssp.spaces.relu_diagonals import relu_diagonals
-from dssp_kernels import DepthwiseConv2d, SeparableStep
+from dssp_kernels import DepthwiseConv2d, SeparableStep, relu_pointwise_norm
 
 BodyAndNorm = tuple[Sequence[Callable[[Tensor], Tensor]], nn.Module]
 """What an operation does before its last BatchNorm2d, and that: what dssp_kernels.folding asks for."""
@@ -26,7 +26,8 @@ class ReLUConvBN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        relu, conv, norm = _members(self.op)
+        return relu_pointwise_norm(relu, conv, norm, x)
 
     def body_and_norm(self) -> BodyAndNorm:
         *body, norm = _members(self.op)

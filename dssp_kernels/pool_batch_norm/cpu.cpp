@@ -268,12 +268,6 @@ uint8_t* bytes_of(const Tensor& positions) {
   return positions.numel() ? static_cast<uint8_t*>(positions.mutable_data_ptr()) : nullptr;
 }
 
-Tensor empty_dense(const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
-  return empty_strided(sizes, strides, dtype);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pool_batch_norm_forward(Tensor x, bool is_max, Pair kernel,
                                                                            Pair stride, Pair padding,
                                                                            bool counts_padding, double eps) {
@@ -282,9 +276,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pool_batch_norm_forward(Tenso
   Tensor positions = x, mean = x, variance = x, scale = x;
   with_storage(x.scalar_type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
-    const int32_t sums = std::is_same_v<Scalar, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    positions = empty_dense({is_max ? pool.g.batch * Outputs<Scalar>{pool}.image : 0}, aoti_torch_dtype_uint8());
-    for (Tensor* statistic : {&mean, &variance, &scale}) *statistic = empty_dense({pool.g.channels}, sums);
+    positions = empty_vector(is_max ? pool.g.batch * Outputs<Scalar>{pool}.image : 0, aoti_torch_dtype_uint8());
+    for (Tensor* statistic : {&mean, &variance, &scale}) *statistic = empty_vector(pool.g.channels, dtype_of_sums<Scalar>());
     forward<Scalar>(pool, x, eps, y, bytes_of(positions), mean, variance, scale);
   });
   return {y, positions, mean, variance, scale};

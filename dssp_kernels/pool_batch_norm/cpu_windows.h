@@ -1,9 +1,10 @@
-// Rows of windows, vectorised over channels: maxima and averages, their gradients, and the norm along a row.
+// Rows of windows, vectorised over channels: maxima and averages, and their gradients.
 #pragma once
 
 #include <limits>
 
 #include "../cpu_moments.h"
+#include "../cpu_norms.h"
 #include "../depthwise_conv/cpu_rows.h"
 
 namespace dssp {
@@ -224,52 +225,6 @@ DSSP_INLINE void average_gradient_row(const Pooling<S, S>& p) {
   });
 }
 
-// ---- the norm -----------------------------------------------------------------------------------------------------
-
-// to = (a - constant) * scale per channel. [vector][lane] each.
-template <typename S>
-struct Normalisation {
-  SumRow<const S> a;
-  SumRow<S> to;
-  const S *constant, *scale;
-  int64_t vectors, columns;
-};
-
-template <typename S>
-DSSP_INLINE void normalise(const Normalisation<S>& n) {
-  using V = typename Lanes<S>::Vector;
-  constexpr int64_t width = Lanes<S>::width;
-  for (int64_t vector = 0; vector < n.vectors; ++vector) {
-    const V constant = Lanes<S>::load(n.constant + vector * width), scale = Lanes<S>::load(n.scale + vector * width);
-    for (int64_t j = 0; j < n.columns; ++j) {
-      Lanes<S>::store(n.to.at(vector, j), (Lanes<S>::load(n.a.at(vector, j)) - constant) * scale);
-    }
-  }
-}
-
-// to = (grad - constant - y * slope) * scale per channel. [vector][lane] each.
-template <typename S>
-struct NormGradient {
-  SumRow<const S> grad, y;
-  SumRow<S> to;
-  const S *constant, *slope, *scale;
-  int64_t vectors, columns;
-};
-
-template <typename S>
-DSSP_INLINE void take_through_norm(const NormGradient<S>& n) {
-  using V = typename Lanes<S>::Vector;
-  constexpr int64_t width = Lanes<S>::width;
-  for (int64_t vector = 0; vector < n.vectors; ++vector) {
-    const V constant = Lanes<S>::load(n.constant + vector * width), slope = Lanes<S>::load(n.slope + vector * width);
-    const V scale = Lanes<S>::load(n.scale + vector * width);
-    for (int64_t j = 0; j < n.columns; ++j) {
-      const V grad = Lanes<S>::load(n.grad.at(vector, j)), y = Lanes<S>::load(n.y.at(vector, j));
-      Lanes<S>::store(n.to.at(vector, j), (grad - constant - y * slope) * scale);
-    }
-  }
-}
-
 // ---- the same, as calls --------------------------------------------------------------------------------------------
 
 template <typename S>
@@ -290,16 +245,6 @@ void max_gradient_loop(const Pooling<S, S>& p) {
 template <typename S>
 void average_gradient_loop(const Pooling<S, S>& p) {
   with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { average_gradient_row<S>(p); });
-}
-
-template <typename S>
-void normalise_loop(const Normalisation<S>& n) {
-  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { normalise<S>(n); });
-}
-
-template <typename S>
-void norm_gradient_loop(const NormGradient<S>& n) {
-  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA { take_through_norm<S>(n); });
 }
 
 }  // namespace

@@ -23,8 +23,6 @@
 namespace dssp {
 namespace {
 
-constexpr int64_t kPartialSums = 64 * 1024;  // of the pointwise weights' gradient, over all parts of the batch
-
 // One convolution of a group.
 struct Separable {
   Geometry g;
@@ -44,11 +42,6 @@ std::vector<size_t> stage_of(const Group& group, bool followers) {
     if ((group[k].follows >= 0) == followers) stage.push_back(k);
   }
   return stage;
-}
-
-Tensor empty_vector(int64_t size, int32_t dtype) {
-  const int64_t stride = 1;
-  return empty_strided({&size, 1}, {&stride, 1}, dtype);
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
@@ -121,20 +114,6 @@ Parts parts_of(const Group& group, const std::vector<size_t>& stage) {
 }
 
 template <typename Scalar>
-void write_statistics(const PartMoments<Sum<Scalar>>& moments, const Separable& follower, Tensor& means,
-                      Tensor& variances, Tensor& scales) {
-  using S = Sum<Scalar>;
-  const Geometry& g = follower.g;
-  const double count = g.batch * g.rows.inputs * g.columns.inputs;
-  for (int64_t c = 0; c < g.channels; ++c) {
-    const auto [mean, variance] = moments.statistics(c);
-    static_cast<S*>(means.mutable_data_ptr())[c] = static_cast<S>(mean);
-    static_cast<S*>(variances.mutable_data_ptr())[c] = static_cast<S>(variance * count / (count - 1));
-    static_cast<S*>(scales.mutable_data_ptr())[c] = static_cast<S>(1.0 / std::sqrt(variance + follower.eps));
-  }
-}
-
-template <typename Scalar>
 void separable_forward(const Group& group, const Tensor& x, Results& results) {
   using S = Sum<Scalar>;
   const auto first = stage_of(group, false), second = stage_of(group, true);
@@ -155,7 +134,7 @@ void separable_forward(const Group& group, const Tensor& x, Results& results) {
   for (size_t i = 0; i < second.size(); ++i) {
     const Separable& follower = group[second[i]];
     Tensor &means = results.means[i], &scales = results.scales[i];
-    write_statistics<Scalar>(*stage[follower.follows].moments, follower, means, results.variances[i], scales);
+    stage[follower.follows].moments->write(follower.eps, means, results.variances[i], scales);
     batch_norms.emplace_back(means, scales);
     norms.push_back(batch_norms.back().norm());
   }
@@ -169,25 +148,6 @@ void separable_forward(const Group& group, const Tensor& x, Results& results) {
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------
-
-// partial [part][out][in], whole vectors of each -> [C_out, C_in, 1, 1], summed over the parts in order
-template <typename Scalar>
-void write_pointwise_gradient(const Buffer<Sum<Scalar>>& partial, int64_t parts, Tensor& d_weight) {
-  constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t size = partial.size() / std::max<int64_t>(parts, 1);
-  std::vector<double> total(size, 0.0);
-  for (int64_t part = 0; part < parts; ++part) {
-    for (int64_t i = 0; i < size; ++i) total[i] += partial[part * size + i];
-  }
-  const int64_t outputs = d_weight.size(0), inputs = d_weight.size(1), all = vectors_of<Scalar>(inputs) * width;
-  const auto to = write_images<Scalar>(d_weight);
-  for (int64_t out = 0; out < outputs; ++out) {
-    for (int64_t in = 0; in < inputs; ++in) {
-      const double value = parts ? total[out * all + in] : 0.0;
-      *to.at(out, in, 0, 0) = narrowed<Scalar>(static_cast<Sum<Scalar>>(value));
-    }
-  }
-}
 
 // The gradients wanted of one convolution, given that of its output.
 template <typename Scalar>
@@ -401,13 +361,12 @@ separable_conv2d_group_forward(Tensor x, std::vector<Tensor> depthwise, std::vec
   Results results;
   with_storage(x.scalar_type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
-    const int32_t sums = std::is_same_v<Scalar, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
     for (const Separable& convolution : group) {
       const Geometry& g = convolution.g;
       results.maps.push_back(empty_images(x, convolution.outputs(), g.rows.outputs, g.columns.outputs));
       if (convolution.follows < 0) continue;
       for (auto* vectors : {&results.means, &results.variances, &results.scales}) {
-        vectors->push_back(empty_vector(g.channels, sums));
+        vectors->push_back(empty_vector(g.channels, dtype_of_sums<Scalar>()));
       }
     }
     separable_forward<Scalar>(group, x, results);

@@ -1,37 +1,16 @@
 // Sweeps of separable convolutions over the rows of an image: forward, and what backward wants beside a depthwise one.
 #pragma once
 
+#include "../cpu_pointwise.h"
+#include "../cpu_statistics.h"
 #include "../depthwise_conv/cpu_bands.h"
-#include "cpu_products.h"
-#include "cpu_statistics.h"
 
 namespace dssp {
 namespace {
 
 template <typename Scalar>
-int64_t vectors_of(int64_t channels) {
-  return ceil_div(channels, Lanes<Scalar>::width);
-}
-
-template <typename Scalar>
 ChannelBlock all_channels(int64_t channels) {
   return {0, channels, vectors_of<Scalar>(channels)};
-}
-
-// [C_out, C_in, 1, 1] -> [in][out], transposed: [out][in]; zeros up to whole vectors
-template <typename Scalar>
-Buffer<Sum<Scalar>> packed_pointwise(const Tensor& weight, bool transposed) {
-  constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const int64_t all_outputs = vectors_of<Scalar>(outputs) * width, all_inputs = vectors_of<Scalar>(inputs) * width;
-  Buffer<Sum<Scalar>> packed(all_outputs * all_inputs);
-  const auto from = read_images<Scalar>(weight);
-  for (int64_t out = 0; out < outputs; ++out) {
-    for (int64_t in = 0; in < inputs; ++in) {
-      packed[transposed ? out * all_inputs + in : in * all_outputs + out] = widened(*from.at(out, in, 0, 0));
-    }
-  }
-  return packed;
 }
 
 // A row of the depthwise convolution: [vector][column][lane] or, with its channels innermost, [column][channel].

@@ -1,10 +1,11 @@
-// Statistics of a BatchNorm between two separable convolutions, from parts of the batch.
+// Statistics of a BatchNorm from parts of the batch, found while the rows that it normalises are written.
 #pragma once
 
 #include <cmath>
+#include <numeric>
 #include <utility>
 
-#include "../cpu_moments.h"
+#include "cpu_moments.h"
 
 namespace dssp {
 namespace {
@@ -43,6 +44,17 @@ struct PartMoments {
       spread += sums.at(part, 1, channel) - pixels[part] * (within * within - between * between);
     }
     return {mean, spread < 0 ? 0.0 : spread / count};  // NaN stays NaN
+  }
+
+  // Into [C] each: mean, unbiased variance (for running statistics) and 1 / sqrt(biased variance + eps).
+  void write(double eps, Tensor& means, Tensor& variances, Tensor& scales) const {
+    const double count = std::accumulate(pixels.begin(), pixels.end(), 0.0);
+    for (int64_t c = 0; c < means.size(0); ++c) {
+      const auto [mean, variance] = statistics(c);
+      static_cast<S*>(means.mutable_data_ptr())[c] = static_cast<S>(mean);
+      static_cast<S*>(variances.mutable_data_ptr())[c] = static_cast<S>(variance * count / (count - 1));
+      static_cast<S*>(scales.mutable_data_ptr())[c] = static_cast<S>(1.0 / std::sqrt(variance + eps));
+    }
   }
 
  private:

@@ -1,7 +1,7 @@
-// Products of rows and pointwise weights, and of rows and rows: the matrix side of a separable convolution.
+// Products of rows and pointwise weights, and of rows and rows: pointwise convolutions and their gradients.
 #pragma once
 
-#include "../cpu_tensors.h"
+#include "cpu_tensors.h"
 
 namespace dssp {
 namespace {
