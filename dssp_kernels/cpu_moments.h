@@ -1,5 +1,7 @@
-// Moments of rows, per channel: what BatchNorm and its gradient are made of.
+// Sums over parts of the batch, and moments of rows: what BatchNorm and the gradients of weights are made of.
 #pragma once
+
+#include <algorithm>
 
 #include "cpu_tensors.h"
 
@@ -30,15 +32,6 @@ struct ChannelSums {
   }
 };
 
-// Per channel, over one row: first += sum(a - shift), second += sum((a - shift) * (b - shift)); [vector][lane] each.
-template <typename S>
-struct Moments {
-  SumRow<const S> a, b;
-  const S* shift;
-  int64_t vectors, columns;
-  double *first, *second;
-};
-
 DSSP_INLINE void add_to_doubles(double* sums, Vector4d value) {
   Lanes<double>::store(sums, Lanes<double>::load(sums) + value);
 }
@@ -47,6 +40,29 @@ DSSP_INLINE void add_to_doubles(double* sums, Vector8f value) {
   const Doubles total = load_unaligned<Doubles>(sums) + __builtin_convertvector(value, Doubles);
   std::memcpy(sums, &total, sizeof(total));
 }
+
+// Sums that every part of the batch has made for itself, whole vectors of them: [part][...], added up in their order.
+template <typename S>
+Buffer<double> summed_parts(const UnsetBuffer<S>& partial, int64_t parts) {
+  const int64_t size = partial.size() / std::max<int64_t>(parts, 1);
+  Buffer<double> total(size, 0.0);
+  with_best_vectors([&](auto) DSSP_INLINE_LAMBDA {
+    for (int64_t part = 0; part < parts; ++part) {
+      const S* from = partial.data() + part * size;
+      for (int64_t i = 0; i < size; i += Lanes<S>::width) add_to_doubles(total.data() + i, Lanes<S>::load(from + i));
+    }
+  });
+  return total;
+}
+
+// Per channel, over one row: first += sum(a - shift), second += sum((a - shift) * (b - shift)); [vector][lane] each.
+template <typename S>
+struct Moments {
+  SumRow<const S> a, b;
+  const S* shift;
+  int64_t vectors, columns;
+  double *first, *second;
+};
 
 template <typename S>
 DSSP_INLINE void add_moments(const Moments<S>& m) {

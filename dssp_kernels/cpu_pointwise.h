@@ -1,6 +1,7 @@
 // The weights of pointwise convolutions, packed for cpu_products.h, and their gradient.
 #pragma once
 
+#include "cpu_moments.h"
 #include "cpu_products.h"
 #include "depthwise_conv/cpu_rows.h"
 
@@ -32,13 +33,9 @@ Buffer<Sum<Scalar>> packed_pointwise(const Tensor& weight, bool transposed) {
 
 // partial [part][out][in], whole vectors of each -> [C_out, C_in, 1, 1], summed over the parts in order
 template <typename Scalar>
-void write_pointwise_gradient(const Buffer<Sum<Scalar>>& partial, int64_t parts, Tensor& d_weight) {
+void write_pointwise_gradient(const UnsetBuffer<Sum<Scalar>>& partial, int64_t parts, Tensor& d_weight) {
   constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t size = partial.size() / std::max<int64_t>(parts, 1);
-  std::vector<double> total(size, 0.0);
-  for (int64_t part = 0; part < parts; ++part) {
-    for (int64_t i = 0; i < size; ++i) total[i] += partial[part * size + i];
-  }
+  const auto total = summed_parts(partial, parts);
   const int64_t outputs = d_weight.size(0), inputs = d_weight.size(1), all = vectors_of<Scalar>(inputs) * width;
   const auto to = write_images<Scalar>(d_weight);
   for (int64_t out = 0; out < outputs; ++out) {

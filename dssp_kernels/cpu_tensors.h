@@ -37,6 +37,21 @@ struct LineAllocator {
 template <typename T>
 using Buffer = std::vector<T, LineAllocator<T>>;
 
+// As large, but with nothing in it yet: for what every thread fills for itself.
+template <typename T>
+struct UnsetAllocator : LineAllocator<T> {
+  template <typename Other>
+  struct rebind {
+    using other = UnsetAllocator<Other>;
+  };
+  template <typename Element>
+  void construct(Element* at) {
+    ::new (static_cast<void*>(at)) Element;
+  }
+};
+template <typename T>
+using UnsetBuffer = std::vector<T, UnsetAllocator<T>>;
+
 template <typename Use>
 void with_storage(ScalarType type, Use use) {
   switch (type) {

@@ -103,19 +103,50 @@ MUTATIONS = [
         ("depthwise-cpu-last-row", "for (; next < out_end; ++next)", "for (; next < out_end - 1; ++next)"),
     ),
     *of_formulas(
-        "dssp_kernels/separable_conv/cpu_products.h",
+        "dssp_kernels/cpu_products.h",
         "kernels/test_separable_conv.py",
         ("separable-cpu-pointwise", "sums[i][k] += value * x[k]", "sums[i][k] -= value * x[k]"),
     ),
     *of_formulas(
-        "dssp_kernels/separable_conv/cpu.cpp",
+        "dssp_kernels/separable_conv/cpu_sweeps.h",
         "kernels/test_separable_conv.py",
         ("separable-cpu-recompute", "depthwise.compute(x, taps);", ""),
     ),
     *of_formulas(
         "dssp_kernels/separable_conv/cpu.cpp",
         "kernels/test_separable_conv_group.py",
-        ("separable-cpu-group-adds", "input_gradient, !sweeps.empty())", "input_gradient, false)"),
+        ("separable-cpu-group-adds", "d_x, !stage.empty(), false,", "d_x, false, false,"),
+    ),
+    *of_formulas(
+        "dssp_kernels/separable_conv/cpu.cpp",
+        "kernels/test_separable_conv_pairs.py",
+        ("pair-cpu-constant", "constant[c] = static_cast<S>(sums.total(0, c) / count);", ""),
+        ("pair-cpu-slope", "/ count * batch_norm.scale[c]);", "/ count);"),
+    ),
+    *of_formulas(
+        "dssp_kernels/cpu_statistics.h",
+        "kernels/test_separable_conv_pairs.py",
+        ("statistics-between-parts", "(within * within - between * between)", "(within * within)"),
+        ("statistics-unbiased", "variance * count / (count - 1)", "variance"),
+        ("statistics-shift", "shift[lane] = std::isfinite(mean) ? mean : S(0);", "shift[lane] = S(0);"),
+    ),
+    *of_formulas(
+        "dssp_kernels/depthwise_conv/cpu_transfers.h",
+        "kernels/test_separable_conv_pairs.py",
+        ("transfers-norm", "(value - mean) * scale;", "value * scale;"),
+        ("transfers-gradient", "(grad - constant - (at(j) - mean) * slope) * scale", "(grad - constant) * scale"),
+    ),
+    *of_formulas(
+        "dssp_kernels/pointwise_batch_norm/cpu.cpp",
+        "kernels/test_pointwise_batch_norm.py",
+        ("pointwise-cpu-mask", "== 0 ? typename Lanes<S>::Vector{} : value", "== 0 ? value : value"),
+        ("pointwise-cpu-slope", "slopes[c] = static_cast<S>(sums.total(1, c) / count_of_all);", ""),
+        ("pointwise-cpu-rest", "std::min(kPixels, last - pixel)", "std::min(kPixels, (last - pixel) / 8 * 8)"),
+    ),
+    *of_formulas(
+        "dssp_kernels/cpu_norms.h",
+        "kernels/test_pool_batch_norm.py",
+        ("norm-row-slope", "at(vector, j), (grad - constant - y * slope)", "at(vector, j), (grad - constant)"),
     ),
     *of_formulas(
         "dssp_kernels/pool_batch_norm/cpu_windows.h",
@@ -123,7 +154,6 @@ MUTATIONS = [
         ("pool-cpu-first", "(value > best[i])", "(value >= best[i])"),
         ("pool-cpu-nan", " | (value != value)", ""),
         ("pool-cpu-share", "counts_padding ? taps : row_count * columns_inside", "taps"),
-        ("pool-cpu-slope", "at(vector, j), (grad - constant - y * slope)", "at(vector, j), (grad - constant)"),
     ),
     *of_formulas(
         "dssp_kernels/pool_batch_norm/cpu.cpp",

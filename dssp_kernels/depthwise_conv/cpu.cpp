@@ -97,7 +97,7 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& x, const Tens
   const auto output_gradient = read_images<Scalar>(grad);
   const auto input_gradient = d_x ? write_images<Scalar>(*d_x) : Images<Scalar>{};
   const int64_t size = vectors * width * g.taps();
-  Buffer<Sum<Scalar>> partial(d_weight ? parts.count * size : 0);  // [part][vector][tap][lane]
+  UnsetBuffer<Sum<Scalar>> partial(d_weight ? parts.count * size : 0);  // [part][vector][tap][lane]
   torch::stable::parallel_for(0, parts.count * blocks.count, 1, [&](int64_t begin, int64_t end) {
     Backward<Scalar, RowRing<Scalar>> sweep = {g, weights.data(),
                                                gradient_rows<Scalar>(g, output_gradient, blocks.vectors),
@@ -107,6 +107,7 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& x, const Tens
       const int64_t part = item / blocks.count;
       const ChannelBlock block = blocks[item % blocks.count];
       Sum<Scalar>* gradients = d_weight ? partial.data() + part * size + block.first * g.taps() : nullptr;
+      if (gradients) std::fill_n(gradients, block.vectors * width * g.taps(), Sum<Scalar>(0));
       for (int64_t image = parts.first_image(part); image < parts.first_image(part + parts.bands); ++image) {
         sweep.part_of_image(parts, part, image, block, gradients);
       }

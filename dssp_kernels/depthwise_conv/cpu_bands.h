@@ -345,17 +345,15 @@ Buffer<Sum<Scalar>> packed_weights(const Geometry& g, const Tensor& weight) {
 
 // partial [part][vector][tap][lane] -> [C, 1, kh, kw], summed over the parts in order
 template <typename Scalar>
-void write_weight_gradient(const Geometry& g, const Buffer<Sum<Scalar>>& partial, int64_t parts, Tensor& d_weight) {
+void write_weight_gradient(const Geometry& g, const UnsetBuffer<Sum<Scalar>>& partial, int64_t parts,
+                           Tensor& d_weight) {
   constexpr int64_t width = Lanes<Scalar>::width;
-  const int64_t size = partial.size() / std::max<int64_t>(parts, 1);
+  const auto total = summed_parts(partial, parts);
   const auto to = write_images<Scalar>(d_weight);
   for (int64_t c = 0; c < g.channels; ++c) {
     for (int64_t t = 0; t < g.taps(); ++t) {
-      double total = 0;
-      for (int64_t part = 0; part < parts; ++part) {
-        total += partial[part * size + (c / width * g.taps() + t) * width + c % width];
-      }
-      *to.at(c, 0, t / g.columns.taps, t % g.columns.taps) = narrowed<Scalar>(static_cast<Sum<Scalar>>(total));
+      const double value = parts ? total[(c / width * g.taps() + t) * width + c % width] : 0.0;
+      *to.at(c, 0, t / g.columns.taps, t % g.columns.taps) = narrowed<Scalar>(static_cast<Sum<Scalar>>(value));
     }
   }
 }

@@ -170,10 +170,11 @@ void backward(const Tensor& grads, const Tensor& x, const Tensor& y, const Tenso
   const S* scale = static_cast<const S*>(scales.const_data_ptr());
   const auto weights = packed_pointwise<S>(weight, true);
   const auto to = d_x ? write_pixels<S>(*d_x) : Pixels<S>{nullptr, from.channels};
-  Buffer<S> partial(d_weight ? cut.parts.count * products : 0);
+  UnsetBuffer<S> partial(d_weight ? cut.parts.count * products : 0);
   cut.for_parts([&](int64_t begin, int64_t end) {
     Buffer<S> d_z(kPixels * result.channels), loaded(relu ? kPixels * from.channels : 0);
     for (int64_t part = begin; part < end; ++part) {
+      if (d_weight) std::fill_n(partial.data() + part * products, products, S(0));
       cut.for_pixels(part, [&](int64_t pixel, int64_t count) {
         const SumRow<S> row = {d_z.data(), kPixels * width, width};
         norm_gradient_loop<S>({grad.row(pixel), result.row(pixel), row, constants.data(), slopes.data(), scale,

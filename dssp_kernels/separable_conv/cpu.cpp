@@ -175,7 +175,8 @@ struct SeparableGradients {
   int64_t pointwise_size = vectors_of<Scalar>(outputs) * width * vectors * width;
   Buffer<S> depthwise = packed_weights<Scalar>(g, work.convolution.depthwise);
   Buffer<S> pointwise = packed_pointwise<Scalar>(work.convolution.pointwise, true);
-  Buffer<S> partial, pointwise_partial, zeros;
+  UnsetBuffer<S> partial, pointwise_partial;
+  Buffer<S> zeros;
   ChannelSums d_x_sums;
 
   SeparableGradients(const BackwardWork<Scalar>& work, int64_t parts)
@@ -193,6 +194,7 @@ struct SeparableGradients {
 template <typename Scalar>
 struct SeparableBackward {
   SeparableGradients<Scalar>& all;
+  Sum<Scalar>* gradients = nullptr;  // of the depthwise weights, those of the part; null: not wanted
   Backward<Scalar, GradientRows<Scalar>, PointwiseGradient<Scalar>, InputGradientSums<Scalar>> sweep;
 
   SeparableBackward(SeparableGradients<Scalar>& all)
@@ -206,13 +208,19 @@ struct SeparableBackward {
               {DepthwiseRow<Scalar>::of_channels(all.g, all.depthwise.data()), nullptr},
               {all.work.sums_d_x ? &all.d_x_sums : nullptr, all.zeros.data()}} {}
 
-  void part_of_image(const Parts& parts, int64_t part, int64_t image) {
-    const auto sums = [part](Buffer<Sum<Scalar>>& partial, int64_t size) {
-      return partial.empty() ? nullptr : partial.data() + part * size;
+  // Whose sums are added to from now on.
+  void start(int64_t part) {
+    const auto zeroed = [part](UnsetBuffer<Sum<Scalar>>& partial, int64_t size) -> Sum<Scalar>* {
+      if (partial.empty()) return nullptr;
+      return std::fill_n(partial.data() + part * size, size, Sum<Scalar>(0)) - size;
     };
-    sweep.output_row.gradients = sums(all.pointwise_partial, all.pointwise_size);
+    gradients = zeroed(all.partial, all.size);
+    sweep.output_row.gradients = zeroed(all.pointwise_partial, all.pointwise_size);
     sweep.input_row.part = part;
-    sweep.part_of_image(parts, part, image, all_channels<Scalar>(all.g.channels), sums(all.partial, all.size));
+  }
+
+  void part_of_image(const Parts& parts, int64_t part, int64_t image) {
+    sweep.part_of_image(parts, part, image, all_channels<Scalar>(all.g.channels), gradients);
   }
 };
 
@@ -239,16 +247,17 @@ std::vector<ChannelSums> run_backward(const std::vector<BackwardWork<Scalar>>& s
     std::vector<SeparableBackward<Scalar>> sweeps;
     for (auto& all : gradients) sweeps.emplace_back(all);
     for (int64_t part = begin; part < end; ++part) {
+      for (auto& sweep : sweeps) sweep.start(part);
       for (int64_t image = parts.first_image(part); image < parts.first_image(part + parts.bands); ++image) {
         for (auto& sweep : sweeps) sweep.part_of_image(parts, part, image);
       }
     }
   });
+  torch::stable::parallel_for(0, gradients.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) gradients[k].write(parts.count);
+  });
   std::vector<ChannelSums> sums;
-  for (auto& all : gradients) {
-    all.write(parts.count);
-    sums.push_back(std::move(all.d_x_sums));
-  }
+  for (auto& all : gradients) sums.push_back(std::move(all.d_x_sums));
   return sums;
 }
 

@@ -21,6 +21,7 @@ from dssp_kernels import (
     batch_norm_mixed_sum,
     depthwise_conv2d,
     mixed_sum,
+    pointwise_batch_norm,
     pool_batch_norm,
     separable_conv2d,
     separable_conv2d_group,
@@ -291,13 +292,20 @@ def operator(name: str, layout: torch.memory_format) -> tuple[Callable[..., Tens
             )[0],
             [x[0], depthwise, pointwise, *second],
         ),
+        "pointwise_batch_norm": (
+            lambda x, weight: pointwise_batch_norm(x, weight, relu=True)[0],
+            [
+                torch.cat([x[0], x[1]], 1).contiguous(memory_format=torch.channels_last),
+                torch.cat([pointwise, pointwise], 1)[[0] * 8],
+            ],
+        ),
         "pool_batch_norm": (lambda x: pool_batch_norm(x, "max", 3, stride=2, padding=1)[0], [x[0]]),
     }[name]
 
 
 OPERATORS = [
     *("mixed_sum", "batch_norm_mixed_sum", "depthwise_conv2d", "separable_conv2d", "separable_conv2d_group"),
-    *("separable_conv2d_group, pair", "pool_batch_norm"),
+    *("separable_conv2d_group, pair", "pointwise_batch_norm", "pool_batch_norm"),
 ]
 
 

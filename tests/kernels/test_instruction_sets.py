@@ -17,6 +17,7 @@ from dssp_kernels import (
     SeparablePair,
     batch_norm_mixed_sum,
     mixed_sum,
+    pointwise_batch_norm,
     pool_batch_norm,
     separable_conv2d_group,
 )
@@ -50,6 +51,7 @@ def results(dtype: torch.dtype) -> list[Tensor]:
         *separable_conv2d_group(x, convolutions),
         mixed_sum(inputs, alpha),
         batch_norm_mixed_sum(inputs, alpha, norms=[norm and norm.to(dtype) for norm in norms], training=True),
+        pointwise_batch_norm(x, weights[2], relu=True)[0],
         pool_batch_norm(x, "max", 3, padding=1)[0],
         pool_batch_norm(x, "avg", 3, padding=1)[0],
     ]

@@ -23,6 +23,7 @@ from dssp_kernels import (
     depthwise_conv2d,
     get_backend,
     mixed_sum,
+    pointwise_batch_norm,
     pool_batch_norm,
     separable_conv2d,
     separable_conv2d_group,
@@ -151,6 +152,21 @@ def pools(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Run:
     return run
 
 
+def pointwise_norms(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Run:
+    """With eight times the channels, as the kernels want them."""
+
+    def run(wrap: Wrap) -> list[Tensor]:
+        found = []
+        for relu in (True, False):
+            x = wrap(random(shape[0], 8 * shape[1], *shape[2:], dtype=dtype, layout=layout)).requires_grad_()
+            weight = wrap(random(16, 8 * shape[1], 1, 1, dtype=dtype, seed=1)).requires_grad_()
+            y, mean, variance = pointwise_batch_norm(x, weight, relu=relu)
+            found += [mean, variance, *gradients_of(y, [x, weight], wrap)]
+        return found
+
+    return run
+
+
 def group_in_one(x: Tensor, depthwise: Tensor, other: Tensor, pointwise: Tensor, **arguments: int) -> Tensor:
     """The results of two convolutions, of which only the second runs with the arguments."""
     group = [SeparableConvolution(depthwise, pointwise), SeparableConvolution(other, pointwise, **arguments)]
@@ -181,6 +197,7 @@ OPERATORS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], Run]] = {
         separable_conv2d, [(shape[1], 1, 3, 3), (7, shape[1], 1, 1)], shape, dtype, layout
     ),
     "pool_batch_norm": pools,
+    "pointwise_batch_norm": pointwise_norms,
     "separable_conv2d_group": lambda shape, dtype, layout: convolution(
         group_in_one, [(shape[1], 1, 3, 3), (shape[1], 1, 2, 2), (7, shape[1], 1, 1)], shape, dtype, layout
     ),

@@ -19,6 +19,7 @@ from dssp_kernels import (
     depthwise_conv2d,
     fuse_mixed_ops,
     mixed_sum,
+    pointwise_batch_norm,
     pool_batch_norm,
     separable_conv2d,
     separable_conv2d_group,
@@ -61,6 +62,7 @@ OPERATORS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {  # o
         lambda x, weight: separable_conv2d_group(x, [SeparablePair(GIVEN._replace(depthwise=weight), NORM, OTHER)])[0],
         DEPTHWISE,
     ),
+    "pointwise_batch_norm": (lambda x, weight: pointwise_batch_norm(x, weight, relu=True)[0], POINTWISE),
     "pool_batch_norm, max": (lambda x, scale: pool_batch_norm(x * scale, "max", 3, padding=1)[0], SCALE),
     "pool_batch_norm, avg": (lambda x, scale: torch.cat(pooled_with_statistics(x * scale)), SCALE),
 }
