@@ -139,7 +139,7 @@ def peak_of_steps(steps: Mapping[str, TrainingStep], device: torch.device) -> di
     """
     measured = {name: step for name, step in steps.items() if name == "stock" or not name.startswith("stock")}
     for step in measured.values():
-        step.model.zero_grad(set_to_none=True)
+        step.zero_grad()
     return peak_memory(measured, device)
 
 

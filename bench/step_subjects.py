@@ -171,10 +171,16 @@ class TrainingStep:
     def __init__(self, model: nn.Module, batch: Batch, *, contiguous: bool = False) -> None:
         images, self.labels = batch
         self.model = model
+        self.parameters = list(model.parameters())
         self.images = images.clone(memory_format=torch.contiguous_format) if contiguous else images
 
+    def zero_grad(self) -> None:
+        """As an optimizer does it: its list of parameters knows no modules."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def forward(self) -> None:
-        self.model.zero_grad(set_to_none=True)
+        self.zero_grad()
         self.loss = F.cross_entropy(self.model(self.images), self.labels)
 
     def backward(self) -> None:

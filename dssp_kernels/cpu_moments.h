@@ -64,20 +64,35 @@ struct Moments {
   double *first, *second;
 };
 
-template <typename S>
-DSSP_INLINE void add_moments(const Moments<S>& m) {
+// kColumns columns at a time, with sums of their own: one sum alone would wait for itself.
+template <int kColumns, typename S>
+DSSP_INLINE void add_moments_of_columns(const Moments<S>& m, int64_t vector, int64_t begin, int64_t end) {
   using V = typename Lanes<S>::Vector;
   constexpr int64_t width = Lanes<S>::width;
-  for (int64_t vector = 0; vector < m.vectors; ++vector) {
-    const V shift = Lanes<S>::load(m.shift + vector * width);
-    V first = {}, second = {};
-    for (int64_t j = 0; j < m.columns; ++j) {
-      const V from_a = Lanes<S>::load(m.a.at(vector, j)) - shift;
-      first += from_a;
-      second += from_a * (Lanes<S>::load(m.b.at(vector, j)) - shift);
+  const V shift = Lanes<S>::load(m.shift + vector * width);
+  V first[kColumns] = {}, second[kColumns] = {};
+  for (int64_t j = begin; j < end; j += kColumns) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kColumns; ++k) {
+      const V from_a = Lanes<S>::load(m.a.at(vector, j + k)) - shift;
+      first[k] += from_a;
+      second[k] += from_a * (Lanes<S>::load(m.b.at(vector, j + k)) - shift);
     }
-    add_to_doubles(m.first + vector * width, first);
-    add_to_doubles(m.second + vector * width, second);
+  }
+  for (int k = 1; k < kColumns; ++k) {
+    first[0] += first[k];
+    second[0] += second[k];
+  }
+  add_to_doubles(m.first + vector * width, first[0]);
+  add_to_doubles(m.second + vector * width, second[0]);
+}
+
+template <typename S>
+DSSP_INLINE void add_moments(const Moments<S>& m) {
+  const int64_t by_fours = m.columns / 4 * 4;
+  for (int64_t vector = 0; vector < m.vectors; ++vector) {
+    if (by_fours) add_moments_of_columns<4>(m, vector, 0, by_fours);
+    if (by_fours < m.columns) add_moments_of_columns<1>(m, vector, by_fours, m.columns);
   }
 }
 

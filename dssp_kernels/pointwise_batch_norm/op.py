@@ -100,23 +100,28 @@ class _PointwiseBatchNorm(torch.autograd.Function):
         x, weight, y, scale = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if backward_is_transformed(grad):
-            d_x, d_weight = _reference_gradients(grad, x, weight, ctx.relu, ctx.eps, torch.is_grad_enabled())
-        else:
-            grad, x, y = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad, x, y))
-            d_x, d_weight = torch.ops.dssp_kernels.pointwise_batch_norm_backward(
-                grad, x, y, scale.contiguous(), weight, ctx.relu, *needs
-            )
+            return *_reference_gradients(grad, x, weight, ctx.relu, ctx.eps, needs), None, None
+        grad, x, y = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad, x, y))  # from hooks
+        d_x, d_weight = torch.ops.dssp_kernels.pointwise_batch_norm_backward(
+            grad, x, y, scale.contiguous(), weight, ctx.relu, *needs
+        )
         return d_x if needs[0] else None, d_weight if needs[1] else None, None, None
 
 
 def _reference_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, relu: bool, eps: float, create_graph: bool
-) -> tuple[Tensor, ...]:
-    """Gradients of x and weight as something that can be differentiated and batched: autograd on the reference."""
+    grad: Tensor, x: Tensor, weight: Tensor, relu: bool, eps: float, needs: tuple[bool, bool]
+) -> list[Tensor | None]:
+    """Gradients of x and weight as something that can be differentiated and batched: autograd on the reference.
+
+    Fresh views stand for the two, so that a weight computed from x does not count twice.
+    """
+    recorded = torch.is_grad_enabled()
     with torch.enable_grad():
-        of = [tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_() for tensor in (x, weight)]
-        y, _, _ = pointwise_batch_norm_reference(of[0], of[1], relu, eps)
-    return torch.autograd.grad(y, of, grad, create_graph=create_graph, materialize_grads=True)
+        x, weight = x.view_as(x), weight.view_as(weight)
+        y, _, _ = pointwise_batch_norm_reference(x, weight, relu, eps)
+    wanted = [tensor for tensor, need in zip((x, weight), needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=recorded))
+    return [next(found) if need else None for need in needs]
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------

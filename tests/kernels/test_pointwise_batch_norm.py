@@ -95,6 +95,21 @@ def test_gradcheck_and_gradgradcheck() -> None:
 
 
 @with_cpu_kernels
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_second_derivative_where_only_one_needs_a_gradient(frozen: int) -> None:
+    found = []
+    for compute in (ours, eager):
+        leaves = [
+            channels_last(normal(2, 8, 3, 4, dtype=torch.float64)),
+            normal(8, 8, 1, 1, dtype=torch.float64, seed=1),
+        ]
+        leaf = leaves[1 - frozen].requires_grad_()
+        [first] = torch.autograd.grad(compute(*leaves).sin().sum(), [leaf], create_graph=True)
+        found.append([first.detach(), *torch.autograd.grad(first.square().sum(), [leaf])])
+    torch.testing.assert_close(*found)
+
+
+@with_cpu_kernels
 @pytest.mark.parametrize("shape", [(32, 16, 32, 32), *SHAPES], ids=str)
 def test_two_runs_and_any_number_of_threads_are_bit_equal(
     threads: Callable[[int], None], shape: tuple[int, ...]
