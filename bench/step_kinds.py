@@ -14,7 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 # (kind, what an operator's name contains): the first that fits decides.
 NAMED = (
-    ("depthwise convolution", ("depthwise", "separable")),  # ours has the pointwise one in the same operator
+    # Ours have the pointwise one, and the BatchNorm between two, in the same operator; the second the BatchNorm after it.
+    ("depthwise convolution", ("depthwise", "separable")),
+    ("other convolution", ("pointwise",)),
     ("mix", ("mixed_sum", "mixedsum")),
     ("BatchNorm", ("batch_norm", "batchnorm", "aten::lerp")),
     ("pooling", ("pool",)),

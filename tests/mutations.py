@@ -39,11 +39,13 @@ class Mutation:
 
     @property
     def operators(self) -> tuple[str, ...]:
-        """Whose C++ kernels are to be compiled anew: the operator's own, and those its tests compare it with."""
+        """Whose C++ kernels are to be compiled anew: those of the operator that is tested, and of what it is tested by."""
         if not self.file.endswith((".cpp", ".h")):
             return ()
-        folder = Path(self.file).parent.name
-        return ("mixed_sum", folder) if folder == "batch_norm_mixed_sum" else (folder.replace(PACKAGE, "mixed_sum"),)
+        rooms = [path.parent.name for path in (ROOT / PACKAGE).glob("*/cpu.cpp")]
+        tested = [room for room in rooms if Path(self.tests).stem.startswith(f"test_{room}")]
+        room = max(tested, key=len)
+        return ("mixed_sum", room) if room == "batch_norm_mixed_sum" else (room,)
 
     def row(self, caught_by: str) -> str:
         code = [f"`{part}`".replace("|", "\\|") for part in (self.file, self.text, self.replacement)]

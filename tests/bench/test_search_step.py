@@ -170,6 +170,7 @@ def test_phases_are_timed_in_turns_and_the_first_round_is_not_counted() -> None:
         ("aten::_slow_conv2d_backward", [[4, 8, 6, 6], [4, 8, 6, 6], [8, 8, 1, 1], []], "other convolution"),
         ("dssp_kernels::depthwise_conv2d_backward", [], "depthwise convolution"),
         ("dssp_kernels::separable_conv2d_group_forward", [], "depthwise convolution"),
+        ("dssp_kernels::pointwise_batch_norm_forward", [], "other convolution"),
         ("dssp_kernels::batch_norm_mixed_sum_forward", [], "mix"),
         ("aten::native_batch_norm_backward", [], "BatchNorm"),
         ("aten::mul", [], "mix"),
