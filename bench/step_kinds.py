@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # (kind, what an operator's name contains): the first that fits decides.
 NAMED = (
-    # Ours have the pointwise one, and the BatchNorm between two, in the same operator; the second the BatchNorm after it.
+    # Ours have the pointwise one, and the BatchNorm between two, in the same operator; the second has its BatchNorm.
     ("depthwise convolution", ("depthwise", "separable")),
     ("other convolution", ("pointwise",)),
     ("mix", ("mixed_sum", "mixedsum")),

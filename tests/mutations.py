@@ -39,7 +39,7 @@ class Mutation:
 
     @property
     def operators(self) -> tuple[str, ...]:
-        """Whose C++ kernels are to be compiled anew: those of the operator that is tested, and of what it is tested by."""
+        """Whose C++ kernels are to be compiled anew: the tested operator's, and those its tests compare it with."""
         if not self.file.endswith((".cpp", ".h")):
             return ()
         rooms = [path.parent.name for path in (ROOT / PACKAGE).glob("*/cpu.cpp")]
