@@ -130,7 +130,9 @@ void separable_forward(const Group& group, const Tensor& x, Results& results) {
   run_forward(stage, parts);
   if (second.empty()) return;
   std::vector<BatchNorm<S>> batch_norms;
-  std::vector<Norm<S>> norms;
+  std::vector<Norm<S>> norms;  // refer to those, and are referred to
+  batch_norms.reserve(second.size());
+  norms.reserve(second.size());
   for (size_t i = 0; i < second.size(); ++i) {
     const Separable& follower = group[second[i]];
     Tensor &means = results.means[i], &scales = results.scales[i];
@@ -346,15 +348,21 @@ Group group_of(const Tensor& x, const std::vector<Tensor>& depthwise, const std:
                const Pair& strides, const Pair& paddings, const Pair& dilations, const std::vector<bool>& relu,
                const Pair& follows, const std::vector<double>& eps) {
   Group group;
+  std::vector<bool> is_free;  // to be followed, of those that read x
   for (size_t k = 0; k < depthwise.size(); ++k) {
     const auto pair = [k](const Pair& values) { return Pair{values[2 * k], values[2 * k + 1]}; };
     const auto geometry = [&](const std::vector<int64_t>& sizes) {
       return geometry_of(sizes, depthwise[k], pair(strides), pair(paddings), pair(dilations));
     };
     if (follows[k] < 0) {
+      STD_TORCH_CHECK(is_free.size() == k, "follows: expected the convolutions that read x to come first");
+      is_free.push_back(true);
       group.push_back({geometry(sizes_of(x)), depthwise[k], pointwise[k], relu[k], -1, eps[k]});
     } else {
-      const Separable& read = group.at(follows[k]);
+      const bool is_one = follows[k] < static_cast<int64_t>(is_free.size()) && is_free[follows[k]];
+      STD_TORCH_CHECK(is_one, "follows: expected convolutions that read x, each at most once");
+      is_free[follows[k]] = false;
+      const Separable& read = group[follows[k]];
       const std::vector<int64_t> sizes = {read.g.batch, read.outputs(), read.g.rows.outputs, read.g.columns.outputs};
       group.push_back({geometry(sizes), depthwise[k], pointwise[k], relu[k], follows[k], eps[k]});
     }

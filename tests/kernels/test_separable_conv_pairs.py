@@ -390,3 +390,14 @@ def test_bad_input_is_named(backend: str, error: type[Exception], words: str, wr
 def test_what_does_not_fit_together_is_named(words: str, wrong: Any) -> None:
     with pytest.raises(ValueError, match=words):
         separable_conv2d_group(torch.zeros(1, 3, 8, 8), [GOOD._replace(**wrong)])
+
+
+@with_cpu_kernels
+@pytest.mark.parametrize("follows", [[-1, 0, 0], [-1, 0, 1], [-1, 1, -1], [-1, 2, -1], [0, -1, -1]], ids=str)
+def test_operator_refuses_followers_of_anything_but_a_convolution_that_reads_x(follows: list[int]) -> None:
+    depthwise, pointwise = [torch.ones(3, 1, 1, 1)] * 3, [torch.ones(3, 3, 1, 1)] * 3
+    geometry = [1] * 6, [0] * 6, [1] * 6, [True] * 3
+    with pytest.raises(RuntimeError, match="follows: expected"):
+        torch.ops.dssp_kernels.separable_conv2d_group_forward(
+            torch.ones(2, 3, 4, 4), depthwise, pointwise, *geometry, follows, [0.1] * 3
+        )
