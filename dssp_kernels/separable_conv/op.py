@@ -134,8 +134,33 @@ def separable_conv2d_group(x: Tensor, convolutions: Sequence[SeparableConvolutio
         raise TypeError(f"convolutions: expected a list or tuple of them, got {type(convolutions).__name__}")
     if not convolutions:
         raise ValueError("convolutions: expected at least one, got none")
-    pairs: dict[int, SeparablePair] = {}
+    reading_x, pairs = _parted(convolutions)
+    if x.device.type == "meta" or implementation_for(x.device) != "cpu":
+        return [_named(f"convolutions[{k}]", entry, x) for k, entry in enumerate(convolutions)]
+    flat = [*reading_x, *(pair.second for pair in pairs.values())]
+    depthwise, pointwise, *_, relu = zip(*flat, strict=True)
+    strides, paddings, dilations = _checked_sizes(x, reading_x, pairs)
+    x, *weights = autocast(x, *depthwise, *pointwise)
+    names = [f"convolutions[{k}]" for k in range(len(convolutions))] + [f"convolutions[{k}].second" for k in pairs]
+    for name, *two in zip(names, *_halves(weights), strict=True):
+        _named(name, check_dtypes, x, *two)
+    follows = [-1] * len(reading_x) + list(pairs)
+    eps = [0.0] * len(reading_x) + [pair.norm.eps for pair in pairs.values()]
+    geometry = Geometry(strides, paddings, dilations, list(relu), follows, eps)
+    found = _SeparableConv2dGroup.apply(x, geometry, *weights)
+    results, statistics = found[: len(convolutions)], found[len(convolutions) :]
+    for pair, mean, variance in zip(pairs.values(), *_halves(statistics), strict=True):
+        update_running_statistics(pair.norm, mean, variance)
+    order = [*(k for k in range(len(convolutions)) if k not in pairs), *pairs]
+    return [y for _, y in sorted(zip(order, results, strict=True), key=operator.itemgetter(0))]
+
+
+def _parted(
+    convolutions: Sequence[SeparableConvolution | SeparablePair],
+) -> tuple[list[SeparableConvolution], dict[int, SeparablePair]]:
+    """The convolutions that read x, one per entry, and the pairs by their entry; errors for entries of other kinds."""
     reading_x: list[SeparableConvolution] = []
+    pairs: dict[int, SeparablePair] = {}
     for k, entry in enumerate(convolutions):
         of_one: tuple[Any, ...] = (entry,)
         if isinstance(entry, SeparablePair):
@@ -147,33 +172,20 @@ def separable_conv2d_group(x: Tensor, convolutions: Sequence[SeparableConvolutio
                 kind = type(convolution).__name__
                 raise TypeError(f"convolutions[{k}]: expected a SeparableConvolution or a SeparablePair, got {kind}")
         reading_x.append(of_one[0])
-    if x.device.type == "meta" or implementation_for(x.device) != "cpu":
-        return [_named(f"convolutions[{k}]", entry, x) for k, entry in enumerate(convolutions)]
-    names = [f"convolutions[{k}]" for k in range(len(convolutions))]
-    geometries = [_named(name, checked_separable, x, *one[:5]) for name, one in zip(names, reading_x, strict=True)]
+    return reading_x, pairs
+
+
+def _checked_sizes(
+    x: Tensor, reading_x: Sequence[SeparableConvolution], pairs: dict[int, SeparablePair]
+) -> tuple[list[int], list[int], list[int]]:
+    """Strides, paddings and dilations of those that read x, then of the second ones: two each."""
+    sizes = [_named(f"convolutions[{k}]", checked_separable, x, *one[:5]) for k, one in enumerate(reading_x)]
     for k, (first, norm, second) in pairs.items():
-        name = f"convolutions[{k}].second"
-        z = _stand_in(x, first, geometries[k])
+        z = _stand_in(x, first, sizes[k])
         _named(f"convolutions[{k}]", check_norm, norm, z)
-        geometries.append(_named(name, checked_separable, z, *second[:5]))
-        names.append(name)
-    flat = [*reading_x, *(pair.second for pair in pairs.values())]
-    depthwise, pointwise, *_, relu = zip(*flat, strict=True)
-    x, *weights = autocast(x, *depthwise, *pointwise)
-    for name, *two in zip(names, *_halves(weights), strict=True):
-        _named(name, check_dtypes, x, *two)
-    strides, paddings, dilations = (
-        [size for pair in of_all for size in pair] for of_all in zip(*geometries, strict=True)
-    )
-    follows = [-1] * len(reading_x) + list(pairs)
-    eps = [0.0] * len(reading_x) + [pair.norm.eps for pair in pairs.values()]
-    geometry = Geometry(strides, paddings, dilations, list(relu), follows, eps)
-    found = _SeparableConv2dGroup.apply(x, geometry, *weights)
-    results, statistics = found[: len(convolutions)], found[len(convolutions) :]
-    for pair, mean, variance in zip(pairs.values(), *_halves(statistics), strict=True):
-        update_running_statistics(pair.norm, mean, variance)
-    order = [*(k for k in range(len(convolutions)) if k not in pairs), *pairs]
-    return [y for _, y in sorted(zip(order, results, strict=True), key=operator.itemgetter(0))]
+        sizes.append(_named(f"convolutions[{k}].second", checked_separable, z, *second[:5]))
+    strides, paddings, dilations = ([size for pair in of_all for size in pair] for of_all in zip(*sizes, strict=True))
+    return strides, paddings, dilations
 
 
 def _named(name: str, check: Callable[..., _T], *arguments: Any) -> _T:
