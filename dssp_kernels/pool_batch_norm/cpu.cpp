@@ -12,6 +12,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "../cpu_norms.h"
 #include "../depthwise_conv/cpu_bands.h"
 #include "cpu_windows.h"
 
@@ -59,8 +60,8 @@ struct SumImages {
   SumImage<const S> load(int64_t image) {
     const auto sums = at(image);
     for (int64_t r = 0; r < rows && !in_place; ++r) {
-      load_row_loop<Scalar>({images.at(image, 0, r, 0), images.channel, images.column, channels, columns, sums.at(r).data,
-                     sums.vector});
+      load_row_loop<Scalar>({images.at(image, 0, r, 0), images.channel, images.column, channels, columns,
+                             sums.at(r).data, sums.vector});
     }
     return {sums.data, sums.row, sums.vector, sums.column};
   }
@@ -73,8 +74,8 @@ struct SumImages {
   void store(int64_t image) {
     const auto sums = at(image);
     for (int64_t r = 0; r < rows && !in_place; ++r) {
-      store_row_loop<Scalar>({images.at(image, 0, r, 0), images.channel, images.column, channels, columns, sums.at(r).data,
-                      sums.vector});
+      store_row_loop<Scalar>({images.at(image, 0, r, 0), images.channel, images.column, channels, columns,
+                              sums.at(r).data, sums.vector});
     }
   }
 };
@@ -137,7 +138,7 @@ Buffer<Sum<Scalar>> means_of_first_row(const Outputs<Scalar>& of, const Tensor& 
 // y = pool(x), where its pixels came from, and its moments about `shift`.
 template <typename Scalar>
 ChannelSums pool_images(const Outputs<Scalar>& of, const Tensor& x, const Buffer<Sum<Scalar>>& shift, Tensor& y,
-                      uint8_t* positions) {
+                        uint8_t* positions) {
   ChannelSums moments = {of.g.batch, of.lanes};
   of.for_images([&](int64_t begin, int64_t end) {
     auto inputs = read_only<Scalar>(x), outputs = writable<Scalar>(y);
@@ -149,7 +150,8 @@ ChannelSums pool_images(const Outputs<Scalar>& of, const Tensor& x, const Buffer
         const auto p = of.pooling(pixels, row, to, positions ? positions + image * of.image : nullptr);
         of.pool.is_max ? max_loop(p) : average_loop(p);
         const SumRow<const Sum<Scalar>> from = {to.data, to.vector, to.column};
-        moments_loop<Sum<Scalar>>({from, from, shift.data(), of.vectors, of.columns, moments.first(image), moments.second(image)});
+        moments_loop<Sum<Scalar>>({from, from, shift.data(), of.vectors, of.columns, moments.first(image),
+                                   moments.second(image)});
       }
       outputs.store(image);
     }
@@ -184,7 +186,7 @@ ChannelSums gradient_sums(const Outputs<Scalar>& of, const Tensor& grad, const T
       const auto a = gradients.load(image), b = outputs.load(image);
       for (int64_t row = 0; row < of.rows; ++row) {
         moments_loop<Sum<Scalar>>({a.at(row), b.at(row), no_shift.data(), of.vectors, of.columns, sums.first(image),
-                      sums.second(image)});
+                                   sums.second(image)});
       }
     }
   });
@@ -203,7 +205,8 @@ void pixel_gradients(const Outputs<Scalar>& of, const Tensor& grad, const Tensor
       const auto from = gradients.load(image), normalised = outputs.load(image);
       const auto pixels = inputs.zeros(image);
       for (int64_t row = 0; row < of.rows; ++row) {
-        norm_gradient_loop<Sum<Scalar>>({from.at(row), normalised.at(row), pooled, constant, slope, scale, of.vectors, of.columns});
+        norm_gradient_loop<Sum<Scalar>>({from.at(row), normalised.at(row), pooled, constant, slope, scale, of.vectors,
+                                         of.columns});
         const auto p = of.pooling(pixels, row, pooled, positions ? positions + image * of.image : nullptr);
         of.pool.is_max ? max_gradient_loop(p) : average_gradient_loop(p);
       }
@@ -277,7 +280,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pool_batch_norm_forward(Tenso
   with_storage(x.scalar_type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
     positions = empty_vector(is_max ? pool.g.batch * Outputs<Scalar>{pool}.image : 0, aoti_torch_dtype_uint8());
-    for (Tensor* statistic : {&mean, &variance, &scale}) *statistic = empty_vector(pool.g.channels, dtype_of_sums<Scalar>());
+    for (Tensor* statistic : {&mean, &variance, &scale}) {
+      *statistic = empty_vector(pool.g.channels, dtype_of_sums<Scalar>());
+    }
     forward<Scalar>(pool, x, eps, y, bytes_of(positions), mean, variance, scale);
   });
   return {y, positions, mean, variance, scale};

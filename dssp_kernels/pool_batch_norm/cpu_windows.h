@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "../cpu_moments.h"
-#include "../cpu_norms.h"
 #include "../depthwise_conv/cpu_rows.h"
 
 namespace dssp {

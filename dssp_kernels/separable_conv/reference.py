@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dssp_kernels.depthwise_conv.reference import depthwise_conv2d_reference
+from dssp_kernels.pool_batch_norm.reference import batch_norm_with_statistics
 
 
 def separable_conv2d_reference(
@@ -35,8 +35,6 @@ def batch_norm_reference(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor,
 
     They are the mean, the unbiased variance and 1 / sqrt(biased variance + eps).
     """
-    wide = z.detach().to(torch.promote_types(z.dtype, torch.float32))
-    variance, mean = torch.var_mean(wide, (0, 2, 3))
-    count = wide.numel() // wide.shape[1]
-    scale = (variance * ((count - 1) / count) + eps).rsqrt()
-    return F.batch_norm(z, None, None, training=True, eps=eps), mean, variance, scale
+    y, mean, variance = batch_norm_with_statistics(z, eps)
+    count = z.numel() // z.shape[1]
+    return y, mean, variance, (variance * ((count - 1) / count) + eps).rsqrt()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,3 +43,23 @@ def assert_as_exact(
             error, allowed = ((value.double() - true).abs().max() for value in (ours, eagers))
             scale = max(1.0, float(true.abs().max()))
             assert error <= 2 * allowed + SLACK[dtype] * scale, f"{name}: error {error:.3g}, eager has {allowed:.3g}"
+
+
+def run_group(
+    compute: Callable[..., list[Tensor]],
+    kinds: Sequence[Any],
+    tensors: Sequence[Tensor],
+    *,
+    needed: Sequence[bool] | None = None,
+    used: Sequence[bool] | None = None,
+    double: bool = False,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """compute(kinds, *tensors): the results, and the gradients of all tensors for random ones of the results used."""
+    needed, used = needed or [True] * len(tensors), used or [True] * len(kinds)
+    dtype = torch.float64 if double else tensors[0].dtype
+    leaves = [tensor.detach().to(dtype).requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
+    results = compute(kinds, *leaves)
+    grads = [normal(*y.shape, dtype=tensors[0].dtype, seed=k).to(dtype) for k, y in enumerate(results)]
+    chosen = [k for k, (y, use) in enumerate(zip(results, used, strict=True)) if use and y.requires_grad]
+    torch.autograd.backward([results[k] for k in chosen], [grads[k] for k in chosen])
+    return [y.detach() for y in results], [leaf.grad for leaf in leaves]

@@ -16,6 +16,7 @@ from dssp_kernels import SeparableConvolution, separable_conv2d_group
 from dssp_kernels.separable_conv.reference import separable_conv2d_reference
 from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.convolutions import normal
+from tests.kernels.convolutions import run_group as run
 from tests.kernels.derivatives import assert_differentiable_twice
 from tests.kernels.tensors import LAYOUTS, SLACK
 
@@ -59,26 +60,6 @@ def reference(kinds: Sequence[Kind], x: Tensor, *tensors: Tensor) -> list[Tensor
         separable_conv2d_reference(x, depthwise, pointwise, (stride,) * 2, (padding,) * 2, (dilation,) * 2, relu)  # type: ignore[arg-type]  # pairs wanted, numbers there
         for depthwise, pointwise, stride, padding, dilation, relu in group_of(kinds, tensors)
     ]
-
-
-def run(
-    compute: Callable[..., list[Tensor]],
-    kinds: Sequence[Kind],
-    tensors: Sequence[Tensor],
-    *,
-    needed: Sequence[bool] | None = None,
-    used: Sequence[bool] | None = None,
-    double: bool = False,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The results, and the gradients of all tensors for random gradients of the results that are used."""
-    needed, used = needed or [True] * len(tensors), used or [True] * len(kinds)
-    dtype = torch.float64 if double else tensors[0].dtype
-    leaves = [tensor.detach().to(dtype).requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
-    results = compute(kinds, *leaves)
-    grads = [normal(*y.shape, dtype=tensors[0].dtype, seed=k).to(dtype) for k, y in enumerate(results)]
-    chosen = [k for k, (y, use) in enumerate(zip(results, used, strict=True)) if use and y.requires_grad]
-    torch.autograd.backward([results[k] for k in chosen], [grads[k] for k in chosen])
-    return [y.detach() for y in results], [leaf.grad for leaf in leaves]
 
 
 # ---- results and gradients -------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from dssp_kernels import SeparableConvolution, SeparablePair, separable_conv2d_g
 from dssp_kernels.separable_conv.reference import batch_norm_reference, separable_conv2d_reference
 from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.convolutions import normal
+from tests.kernels.convolutions import run_group as run
 from tests.kernels.derivatives import assert_differentiable_twice
 from tests.kernels.tensors import LAYOUTS, SLACK
 
@@ -84,26 +85,6 @@ def eager(entries: Sequence[Entry], x: Tensor, *tensors: Tensor) -> list[Tensor]
         else convolve(x, entry)
         for entry in group_of(entries, tensors)
     ]
-
-
-def run(
-    compute: Callable[..., list[Tensor]],
-    entries: Sequence[Entry],
-    tensors: Sequence[Tensor],
-    *,
-    needed: Sequence[bool] | None = None,
-    used: Sequence[bool] | None = None,
-    double: bool = False,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The results, and the gradients of all tensors for random gradients of the results that are used."""
-    needed, used = needed or [True] * len(tensors), used or [True] * len(entries)
-    dtype = torch.float64 if double else tensors[0].dtype
-    leaves = [tensor.detach().to(dtype).requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
-    results = compute(entries, *leaves)
-    grads = [normal(*y.shape, dtype=tensors[0].dtype, seed=k).to(dtype) for k, y in enumerate(results)]
-    chosen = [k for k, (y, use) in enumerate(zip(results, used, strict=True)) if use and y.requires_grad]
-    torch.autograd.backward([results[k] for k in chosen], [grads[k] for k in chosen])
-    return [y.detach() for y in results], [leaf.grad for leaf in leaves]
 
 
 def relative_errors(entries: Sequence[Entry], tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
