@@ -9,6 +9,7 @@ without a process group.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import time
@@ -98,6 +99,9 @@ def joined(device: str) -> Iterator[None]:
     if launched_ranks() == 1:
         yield
         return
+    # Its defaults hold the group that exists when it is imported, and optimizers import it. A group that is held keeps
+    # its threads, and one of those that drops a tensor while the interpreter ends aborts a rank whose run is complete.
+    importlib.import_module("torch.distributed.nn.functional")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     seconds = float(os.environ.get("DSSP_TIMEOUT", SECONDS))
     with _or_apart("the ranks did not come together"):

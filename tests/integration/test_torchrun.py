@@ -82,6 +82,39 @@ def test_ranks_that_torchrun_starts_search_as_one_run(whole: Path) -> None:
     assert json.loads((whole / "run" / "config.json").read_text())["ranks"] == 2
 
 
+TRAINS_AND_LISTS_ITS_THREADS = """
+import os, torch
+from dssp.distributed import average_gradients, joined
+with joined("cpu"):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.sum().backward()
+    average_gradients([weight], torch.ones(()))
+    optimizer.step()
+names = [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
+raise SystemExit(str(names) if any("gloo" in name for name in names) else 0)
+"""
+
+
+def test_rank_that_trained_leaves_no_thread_of_its_group() -> None:
+    """Such a thread may need the interpreter while that ends, which aborts the process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "DSSP_TIMEOUT": "60"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINS_AND_LISTS_ITS_THREADS],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_rank_that_dies_is_started_again_and_the_search_ends_the_same(whole: Path, tmp_path: Path, victim: int) -> None:
