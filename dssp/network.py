@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from dssp.genotype import AnyGenotype, Cell
+from dssp import genotype as genotypes
+from dssp.genotype import AnyGenotype
 from dssp.spaces import CellSpace
-from dssp.spaces import skeleton as skeletons
+from dssp.spaces.cell_output import CellOutput
 from dssp.spaces.operations import Identity, build_operation
-from dssp.spaces.skeleton import BuildEdges, Edges, Tap
+from dssp.spaces.skeleton import STEMS, BuildEdges, Cell, Edges, Tap
+from dssp_kernels.folding import is_watched
 
 
 class CellNetwork(nn.Module):
@@ -38,8 +41,8 @@ class CellNetwork(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: got {size}, expected at least 1")
-        if stem not in skeletons.STEMS:
-            raise ValueError(f"stem: got {stem!r}, expected one of {', '.join(skeletons.STEMS)}")
+        if stem not in STEMS:
+            raise ValueError(f"stem: got {stem!r}, expected one of {', '.join(STEMS)}")
         skeleton = space.skeleton(
             edges, channels=channels, cells=cells, image_channels=image_channels, affine=affine, stem=stem
         )
@@ -60,27 +63,50 @@ class CellNetwork(nn.Module):
         self, images: Tensor, architecture: Mapping[str, tuple[Any, ...]], *, tap: Tap | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """What the last cell puts out, and beside it what the cell of `tap` does."""
-        states, tapped = self._first_states(images), None
+        outputs, tapped = self._stem_outputs(images), None
         for position, cell in enumerate(self.cells):
-            if isinstance(cell, skeletons.Cell):
-                state = cell(*states, architecture=architecture.get(cell.cell_type, ()))
+            readers = self._readers(position)
+            if _puts_out(cell):
+                output = cell.put_out(*outputs, architecture=architecture.get(cell.cell_type, ()), readers=readers)
             else:
-                state = cell(*states)
-            states = [*states[1:], state]
+                of_type = {"architecture": architecture.get(cell.cell_type, ())} if isinstance(cell, Cell) else {}
+                output = CellOutput([cell(*(given.tensor for given in outputs), **of_type)], readers)
+            outputs = [*outputs[1:], output]
             if tap is not None and position == tap.position:
-                tapped = state
-        return states[-1], tapped
+                tapped = output.tensor
+        return outputs[-1].tensor, tapped
 
-    def _first_states(self, images: Tensor) -> list[Tensor]:
+    def _stem_outputs(self, images: Tensor) -> list[CellOutput]:
         """What the first cell takes; of fewer stems than that, the first one's state several times."""
         states: list[Tensor] = []
         for name in self._stems:
             states.append(self.get_submodule(name)(states[-1] if states else images))
-        return [states[0]] * (self._inputs - len(states)) + states
+        states = [states[0]] * (self._inputs - len(states)) + states
+        outputs: list[CellOutput] = []
+        for position, state in enumerate(states, -self._inputs):
+            is_the_last_one = bool(outputs) and outputs[-1].tensor is state
+            outputs.append(outputs[-1] if is_the_last_one else CellOutput([state]))
+            outputs[-1].readers += self._readers(position)
+        return outputs
+
+    def _readers(self, position: int) -> list[nn.Module]:
+        """What the output of the cell at a position goes through in the next ones; stems are at negative positions."""
+        readers = []
+        for reading in range(max(position + 1, 0), min(position + self._inputs + 1, len(self.cells))):
+            cell = self.cells[reading]
+            preparations = cell.preparations() if _puts_out(cell) else None
+            if preparations is not None:
+                readers.append(preparations[position + self._inputs - reading])
+        return readers
 
     def classify(self, features: Tensor) -> Tensor:
         """The logits of what the last cell puts out."""
         return self.classifier(self.lastact(features).mean((2, 3)))
+
+
+def _puts_out(module: nn.Module) -> TypeGuard[Cell]:
+    """Whether it is a cell that nobody watches: who does expects to see it called, with tensors."""
+    return isinstance(module, Cell) and not (is_watched(module) or _has_any_global_hook())
 
 
 class DropPath:
@@ -114,7 +140,7 @@ class DerivedEdges(Edges):
 
     def __init__(
         self,
-        nodes: Cell,
+        nodes: genotypes.Cell,
         concat: tuple[int, ...],
         *,
         inputs: int,

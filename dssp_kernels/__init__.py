@@ -7,8 +7,8 @@ from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
-from dssp_kernels.pointwise_batch_norm.op import pointwise_batch_norm
-from dssp_kernels.pointwise_batch_norm.step import relu_pointwise_norm
+from dssp_kernels.pointwise_batch_norm.op import pointwise_batch_norm, pointwise_batch_norm_group
+from dssp_kernels.pointwise_batch_norm.step import relu_pointwise_norms
 from dssp_kernels.pool_batch_norm.op import pool_batch_norm
 from dssp_kernels.separable_conv.op import (
     SeparableConvolution,
@@ -35,9 +35,10 @@ __all__ = [
     "mixed_sum",
     "parameter_free",
     "pointwise_batch_norm",
+    "pointwise_batch_norm_group",
     "pool_batch_norm",
     "prune_matrix",
-    "relu_pointwise_norm",
+    "relu_pointwise_norms",
     "separable_conv2d",
     "separable_conv2d_group",
     "set_backend",

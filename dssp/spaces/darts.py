@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from dssp.genotype import Genotype
 from dssp.spaces.auxiliary import AuxiliaryHead, AuxiliaryHeadImageNet
@@ -41,9 +41,8 @@ class DartsCell(Cell):
         self._ops = edges(self.cell_type, channels, stride=2 if reduction else 1)
         self.channels = len(self._ops.concat) * channels
 
-    def prepare(self, *inputs: Tensor) -> list[Tensor]:
-        s0, s1 = inputs
-        return [self.preprocess0(s0), self.preprocess1(s1)]
+    def preparations(self) -> tuple[nn.Module, nn.Module]:
+        return self.preprocess0, self.preprocess1
 
 
 def reduction_cells(cells: int) -> frozenset[int]:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dssp.spaces.relu_diagonals import relu_diagonals
-from dssp_kernels import DepthwiseConv2d, SeparableStep, relu_pointwise_norm
+from dssp_kernels import DepthwiseConv2d, SeparableStep, relu_pointwise_norms
+from dssp_kernels.folding import is_watched
+from dssp_kernels.pointwise_batch_norm.step import runs_as_one
 
 BodyAndNorm = tuple[Sequence[Callable[[Tensor], Tensor]], nn.Module]
 """What an operation does before its last BatchNorm2d, and that: what dssp_kernels.folding asks for."""
@@ -26,8 +28,20 @@ class ReLUConvBN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.op(x) if is_watched(self.op) else self.read_together([self], [x])[0]
+
+    def reads_maps(self, maps: Sequence[Tensor]) -> bool:
+        """Whether a kernel computes forward(cat(maps, dim=1)) from the maps themselves, and nobody watches."""
+        return not (is_watched(self) or is_watched(self.op)) and runs_as_one(self._stage(), maps)
+
+    @staticmethod
+    def read_together(readers: Sequence[ReLUConvBN], maps: Sequence[Tensor]) -> list[Tensor]:
+        """What each of them makes of cat(maps, dim=1)."""
+        return relu_pointwise_norms([reader._stage() for reader in readers], maps)
+
+    def _stage(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         relu, conv, norm = _members(self.op)
-        return relu_pointwise_norm(relu, conv, norm, x)
+        return relu, conv, norm
 
     def body_and_norm(self) -> BodyAndNorm:
         *body, norm = _members(self.op)

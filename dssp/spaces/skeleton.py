@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from dssp.spaces.auxiliary import AuxiliaryHead
+from dssp.spaces.cell_output import CellOutput
 
 STEMS = ("cifar", "imagenet")
 """How images enter: as large as they are, or made smaller at once, as the papers do with images of 224x224."""
@@ -34,6 +34,7 @@ class Cell(nn.Module):
     """A cell: its inputs, prepared, its edges (in ``_ops``, as in DARTS), and some of the states between as its output.
 
     forward(*inputs) -> [B, len(concat) * channels, H', W']: the concatenation of the states in `concat`.
+    put_out(*inputs) is the same where nobody needs the tensors: what it takes and returns are CellOutputs.
     """
 
     _ops: Edges
@@ -42,14 +43,24 @@ class Cell(nn.Module):
         super().__init__()
         self.cell_type = cell_type
 
-    def prepare(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """The first states of the cell: what came in, unless a subclass brings it to the cell's width first."""
-        return inputs
+    def preparations(self) -> Sequence[nn.Module] | None:
+        """What the inputs go through first, one module each; None: the cell takes them as they are."""
+        return None
 
     def forward(self, *inputs: Tensor, architecture: tuple[Any, ...] = ()) -> Tensor:
-        states = self._ops(self.prepare(*inputs), *architecture)
-        outputs = [states[state] for state in self._ops.concat]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.put_out(*(CellOutput([x]) for x in inputs), architecture=architecture).tensor
+
+    def put_out(
+        self, *inputs: CellOutput, architecture: tuple[Any, ...] = (), readers: Sequence[nn.Module] = ()
+    ) -> CellOutput:
+        """forward() of the inputs; `readers` are the modules that its result will go through."""
+        preparations = self.preparations()
+        if preparations is None:
+            first = [given.tensor for given in inputs]
+        else:
+            first = [given.read_by(module) for given, module in zip(inputs, preparations, strict=True)]
+        states = self._ops(first, *architecture)
+        return CellOutput([states[state] for state in self._ops.concat], readers)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-// pointwise_batch_norm on the CPU: y = (z - mean(z)) / sqrt(var(z) + eps) per channel, z = conv2d(relu(x), weight), 1x1.
+// pointwise_batch_norm on the CPU: y_k = (z_k - mean(z_k)) / sqrt(var(z_k) + eps_k) per channel, with
+// z_k = conv2d(relu(cat(maps)), weights_k), 1x1. All weights read the same maps.
 //
 // Some pixels at a time, close by in the cache: forward, they are rectified, multiplied, and their moments added up; a
 // second pass normalises in place. Backward, one pass finds the two sums over a channel; the other takes pixels of the
-// gradient through the norm, through the weights and through the ReLU, and multiplies them with what x was. Nothing is
-// kept between but y.
+// gradients through the norms, side by side through the weights and through the ReLU, and multiplies them with what the
+// maps were. Nothing is kept between but the results; the maps are never put side by side.
 //
 // Registered for the CPU key through the LibTorch stable ABI (torch >= 2.10); op.py has checked the arguments, and that
 // the tensors are dense, in channels_last memory, of sums' own type, and their channels whole vectors.
@@ -45,6 +46,11 @@ Pixels<S> write_pixels(Tensor& tensor) {
 }
 
 template <typename S>
+const S* vector_of(const Tensor& tensor) {
+  return static_cast<const S*>(tensor.const_data_ptr());
+}
+
+template <typename S>
 SumRow<const S> constant(const SumRow<S>& row) {
   return {row.data, row.vector, row.column};
 }
@@ -54,9 +60,9 @@ struct Cut {
   int64_t rows, columns;
   Parts parts;
 
-  Cut(const Tensor& x, int64_t outputs, int64_t most)
+  Cut(const Tensor& x, int64_t inputs, int64_t outputs, int64_t most)
       : rows(x.size(2)), columns(x.size(3)),
-        parts(x.size(0), rows, rows * columns * ceil_div(x.size(1), 8) * outputs, most) {}
+        parts(x.size(0), rows, rows * columns * ceil_div(inputs, 8) * outputs, most) {}
 
   template <typename Use>
   void for_parts(Use use) const {  // use(first part, last part + 1), from several threads
@@ -102,100 +108,191 @@ void mask_loop(const Rows<S>& r) {  // the derivative of ReLU as in PyTorch: NaN
 
 // ---- the whole tensors ---------------------------------------------------------------------------------------------
 
+using Tensors = std::vector<Tensor>;
+
 template <typename S>
-void forward(const Tensor& x, const Tensor& weight, bool relu, double eps, Tensor& y, Tensor& means, Tensor& variances,
-             Tensor& scales) {
-  constexpr int64_t width = Lanes<S>::width;
-  const Cut cut(x, y.size(1), kMaxParts);
-  const auto from = read_pixels<S>(x);
-  const auto to = write_pixels<S>(y);
-  const auto weights = packed_pointwise<S>(weight, false);
-  PartMoments<S> moments(cut.parts.count, to.vectors);
-  cut.for_parts([&](int64_t begin, int64_t end) {
-    Buffer<S> loaded(kPixels * from.channels);  // [vector][pixel][lane]
-    for (int64_t part = begin; part < end; ++part) {
-      cut.for_pixels(part, [&](int64_t pixel, int64_t count) {
-        const Row<const S, S> row = {from.at(pixel), 1, from.channels, from.channels, count, loaded.data(),
-                                     kPixels * width};
-        relu ? load_row_loop<S>(row, Rectified()) : load_row_loop<S>(row);
-        const auto results = to.row(pixel);
-        multiply_loop<S>({loaded.data(), weights.data(), count, from.channels, to.vectors, results.data,
-                          kPixels * width, results.vector, results.column});
-        moments.add(part, constant(results), count);
-      });
-    }
-  });
-  moments.write(eps, means, variances, scales);
-  const S *mean = static_cast<const S*>(means.const_data_ptr()), *scale = static_cast<const S*>(scales.const_data_ptr());
-  cut.for_parts([&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      cut.for_pixels(part, [&](int64_t pixel, int64_t count) {
-        normalise_loop<S>({constant(to.row(pixel)), to.row(pixel), mean, scale, to.vectors, count});
-      });
-    }
-  });
+std::vector<Pixels<const S>> read_all(const Tensors& tensors) {
+  std::vector<Pixels<const S>> all;
+  for (const Tensor& tensor : tensors) all.push_back(read_pixels<S>(tensor));
+  return all;
 }
 
-// sum(grad) and sum(grad * y) per channel.
 template <typename S>
-ChannelSums gradient_sums(const Cut& cut, const Pixels<const S>& grad, const Pixels<const S>& y) {
-  ChannelSums sums = {cut.parts.count, y.channels};
-  const Buffer<S> no_shift(y.channels, S(0));
-  cut.for_parts([&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      cut.for_pixels(part, [&](int64_t pixel, int64_t count) {
-        moments_loop<S>({grad.row(pixel), y.row(pixel), no_shift.data(), y.vectors, count, sums.first(part),
-                         sums.second(part)});
-      });
-    }
-  });
-  return sums;
+std::vector<Pixels<S>> write_all(Tensors& tensors) {
+  std::vector<Pixels<S>> all;
+  for (Tensor& tensor : tensors) all.push_back(write_pixels<S>(tensor));
+  return all;
 }
 
-// d_z = (grad - mean(grad) - y * mean(grad * y)) * scale; d_x = weight^T d_z where relu(x) > 0; d_weight = d_z relu(x)^T.
+template <typename AllPixels>
+int64_t channels_of(const AllPixels& all) {
+  int64_t channels = 0;
+  for (const auto& pixels : all) channels += pixels.channels;
+  return channels;
+}
+
 template <typename S>
-void backward(const Tensor& grads, const Tensor& x, const Tensor& y, const Tensor& scales, const Tensor& weight,
-              bool relu, Tensor* d_x, Tensor* d_weight) {
+void forward(const Tensors& maps, const Tensors& weights, bool relu, const std::vector<double>& eps, Tensors& ys,
+             Tensors& means, Tensors& variances, Tensors& scales) {
   constexpr int64_t width = Lanes<S>::width;
-  const int64_t products = weight.size(0) * weight.size(1);
-  const Cut cut(x, y.size(1), std::clamp<int64_t>(kPartialSums / products, 8, kMaxParts));
-  const auto from = read_pixels<S>(x), result = read_pixels<S>(y), grad = read_pixels<S>(grads);
-  const auto sums = gradient_sums<S>(cut, grad, result);
-  const double count_of_all = x.size(0) * x.size(2) * x.size(3);
-  Buffer<S> constants(result.channels), slopes(result.channels);
-  for (int64_t c = 0; c < result.channels; ++c) {
-    constants[c] = static_cast<S>(sums.total(0, c) / count_of_all);
-    slopes[c] = static_cast<S>(sums.total(1, c) / count_of_all);
+  const auto from = read_all<S>(maps);
+  const auto to = write_all<S>(ys);
+  const int64_t inputs = channels_of(from);
+  const Cut cut(maps[0], inputs, channels_of(to), kMaxParts);
+  std::vector<Buffer<S>> packed;
+  std::vector<PartMoments<S>> moments;
+  for (size_t k = 0; k < to.size(); ++k) {
+    packed.push_back(packed_pointwise<S>(weights[k], false));
+    moments.emplace_back(cut.parts.count, to[k].vectors);
   }
-  const S* scale = static_cast<const S*>(scales.const_data_ptr());
-  const auto weights = packed_pointwise<S>(weight, true);
-  const auto to = d_x ? write_pixels<S>(*d_x) : Pixels<S>{nullptr, from.channels};
-  UnsetBuffer<S> partial(d_weight ? cut.parts.count * products : 0);
   cut.for_parts([&](int64_t begin, int64_t end) {
-    Buffer<S> d_z(kPixels * result.channels), loaded(relu ? kPixels * from.channels : 0);
+    Buffer<S> loaded(kPixels * inputs);  // [vector][pixel][lane]
     for (int64_t part = begin; part < end; ++part) {
-      if (d_weight) std::fill_n(partial.data() + part * products, products, S(0));
       cut.for_pixels(part, [&](int64_t pixel, int64_t count) {
-        const SumRow<S> row = {d_z.data(), kPixels * width, width};
-        norm_gradient_loop<S>({grad.row(pixel), result.row(pixel), row, constants.data(), slopes.data(), scale,
-                               result.vectors, count});
-        const S* source = from.at(pixel);
-        if (relu) {
-          rectify_loop<S>({source, nullptr, loaded.data(), count * from.channels});
-          source = loaded.data();
+        S* vectors = loaded.data();
+        for (const auto& map : from) {
+          const Row<const S, S> row = {map.at(pixel), 1, map.channels, map.channels, count, vectors, kPixels * width};
+          relu ? load_row_loop<S>(row, Rectified()) : load_row_loop<S>(row);
+          vectors += kPixels * map.channels;
         }
-        if (d_weight) {
-          accumulate_loop<S>({source, d_z.data(), count, from.vectors, result.channels,
-                              partial.data() + part * products, kPixels * width});
+        for (size_t k = 0; k < to.size(); ++k) {
+          const auto results = to[k].row(pixel);
+          multiply_loop<S>({loaded.data(), packed[k].data(), count, inputs, to[k].vectors, results.data,
+                            kPixels * width, results.vector, results.column});
+          moments[k].add(part, constant(results), count);
         }
-        if (!d_x) return;
-        multiply_loop<S>({d_z.data(), weights.data(), count, result.channels, to.vectors, to.at(pixel),
-                          kPixels * width, width, to.channels});
-        if (relu) mask_loop<S>({to.at(pixel), source, to.at(pixel), count * to.channels});
       });
     }
   });
-  if (d_weight) write_pointwise_gradient<S>(partial, cut.parts.count, *d_weight);
+  for (size_t k = 0; k < to.size(); ++k) moments[k].write(eps[k], means[k], variances[k], scales[k]);
+  cut.for_parts([&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      cut.for_pixels(part, [&](int64_t pixel, int64_t count) {
+        for (size_t k = 0; k < to.size(); ++k) {
+          normalise_loop<S>({constant(to[k].row(pixel)), to[k].row(pixel), vector_of<S>(means[k]),
+                             vector_of<S>(scales[k]), to[k].vectors, count});
+        }
+      });
+    }
+  });
+}
+
+// Where one d_z comes from, pixels at a time: (grad - mean(grad) - y * mean(grad * y)) * scale.
+template <typename S>
+struct GradientSource {
+  Pixels<const S> grad, y;
+  const S* scale;
+  Buffer<S> constants = Buffer<S>(y.channels), slopes = Buffer<S>(y.channels);
+
+  void find_means(const Cut& cut, double count_of_all) {
+    ChannelSums sums = {cut.parts.count, y.channels};
+    const Buffer<S> no_shift(y.channels, S(0));
+    cut.for_parts([&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        cut.for_pixels(part, [&](int64_t pixel, int64_t count) {
+          moments_loop<S>({grad.row(pixel), y.row(pixel), no_shift.data(), y.vectors, count, sums.first(part),
+                           sums.second(part)});
+        });
+      }
+    });
+    for (int64_t c = 0; c < y.channels; ++c) {
+      constants[c] = static_cast<S>(sums.total(0, c) / count_of_all);
+      slopes[c] = static_cast<S>(sums.total(1, c) / count_of_all);
+    }
+  }
+
+  void apply(int64_t pixel, int64_t count, const SumRow<S>& d_z) const {
+    norm_gradient_loop<S>({grad.row(pixel), y.row(pixel), d_z, constants.data(), slopes.data(), scale, y.vectors,
+                           count});
+  }
+};
+
+// Those input channels of all weights that read one map, as [out][in]; the outputs of all stand side by side.
+template <typename S>
+Buffer<S> packed_for_gradient(const Tensors& weights, int64_t outputs, int64_t first_input, int64_t inputs) {
+  Buffer<S> packed(outputs * inputs);
+  S* to = packed.data();
+  for (const Tensor& weight : weights) {
+    const auto from = read_images<S>(weight);
+    for (int64_t out = 0; out < weight.size(0); ++out) {
+      for (int64_t in = 0; in < inputs; ++in) *to++ = *from.at(out, first_input + in, 0, 0);
+    }
+  }
+  return packed;
+}
+
+// Sums over the parts of [map][out][in] as the gradients of the weights.
+template <typename S>
+void write_weight_gradients(const Buffer<double>& total, const std::vector<Pixels<const S>>& maps, Tensors& d_weights) {
+  const double* from = total.data();
+  int64_t first_input = 0;
+  for (const auto& map : maps) {
+    for (Tensor& d_weight : d_weights) {
+      const auto to = write_images<S>(d_weight);
+      for (int64_t out = 0; out < d_weight.size(0); ++out) {
+        for (int64_t in = 0; in < map.channels; ++in) *to.at(out, first_input + in, 0, 0) = static_cast<S>(*from++);
+      }
+    }
+    first_input += map.channels;
+  }
+}
+
+// d_map = weights^T d_z where relu(map) > 0, over all weights; d_weight_k = d_z_k relu(map)^T. Those asked for.
+template <typename S>
+void backward(const Tensors& grads, const Tensors& maps, const Tensors& ys, const Tensors& scales,
+              const Tensors& weights, bool relu, Tensors& d_maps, Tensors& d_weights) {
+  constexpr int64_t width = Lanes<S>::width;
+  const auto from = read_all<S>(maps);
+  const auto to = write_all<S>(d_maps);
+  std::vector<GradientSource<S>> norms;
+  int64_t outputs = 0, widest = 0;
+  for (size_t k = 0; k < ys.size(); ++k) {
+    norms.push_back({read_pixels<S>(grads[k]), read_pixels<S>(ys[k]), vector_of<S>(scales[k])});
+    outputs += ys[k].size(1);
+  }
+  const int64_t inputs = channels_of(from), products = outputs * inputs;
+  const Cut cut(maps[0], inputs, outputs, std::clamp<int64_t>(kPartialSums / products, 8, kMaxParts));
+  for (auto& norm : norms) norm.find_means(cut, maps[0].size(0) * maps[0].size(2) * maps[0].size(3));
+  std::vector<Buffer<S>> packed;
+  int64_t first_input = 0;
+  for (const auto& map : from) {
+    if (!to.empty()) packed.push_back(packed_for_gradient<S>(weights, outputs, first_input, map.channels));
+    first_input += map.channels;
+    widest = std::max(widest, map.channels);
+  }
+  UnsetBuffer<S> partial(d_weights.empty() ? 0 : cut.parts.count * products);
+  cut.for_parts([&](int64_t begin, int64_t end) {
+    Buffer<S> d_z(kPixels * outputs), loaded(relu ? kPixels * widest : 0);  // d_z: [vector][pixel][lane]
+    for (int64_t part = begin; part < end; ++part) {
+      if (!partial.empty()) std::fill_n(partial.data() + part * products, products, S(0));
+      cut.for_pixels(part, [&](int64_t pixel, int64_t count) {
+        S* vectors = d_z.data();
+        for (const auto& norm : norms) {
+          norm.apply(pixel, count, {vectors, kPixels * width, width});
+          vectors += kPixels * norm.y.channels;
+        }
+        int64_t done = 0;  // of a part's products
+        for (size_t m = 0; m < from.size(); ++m) {
+          const auto& map = from[m];
+          const S* source = map.at(pixel);
+          if (relu) {
+            rectify_loop<S>({source, nullptr, loaded.data(), count * map.channels});
+            source = loaded.data();
+          }
+          if (!partial.empty()) {
+            accumulate_loop<S>({source, d_z.data(), count, map.vectors, outputs,
+                                partial.data() + part * products + done, kPixels * width});
+            done += outputs * map.channels;
+          }
+          if (to.empty()) continue;
+          multiply_loop<S>({d_z.data(), packed[m].data(), count, outputs, map.vectors, to[m].at(pixel),
+                            kPixels * width, width, map.channels});
+          if (relu) mask_loop<S>({to[m].at(pixel), source, to[m].at(pixel), count * map.channels});
+        }
+      });
+    }
+  });
+  if (!partial.empty()) write_weight_gradients<S>(summed_parts(partial, cut.parts.count), from, d_weights);
 }
 
 // ---- the registered operators --------------------------------------------------------------------------------------
@@ -205,30 +302,38 @@ void with_sums(ScalarType type, Use use) {
   type == ScalarType::Double ? use(double{}) : use(float{});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_batch_norm_forward(Tensor x, Tensor weight, bool relu, double eps) {
-  const int32_t dtype = dtype_of(x);
-  const int64_t outputs = weight.size(0);
-  Tensor y = empty_images(x, outputs, x.size(2), x.size(3));
-  Tensor mean = empty_vector(outputs, dtype), variance = empty_vector(outputs, dtype);
-  Tensor scale = empty_vector(outputs, dtype);
+std::tuple<Tensors, Tensors, Tensors, Tensors> pointwise_batch_norm_forward(Tensors maps, Tensors weights, bool relu,
+                                                                            std::vector<double> eps) {
+  const Tensor& x = maps[0];
+  Tensors ys, means, variances, scales;
+  for (const Tensor& weight : weights) {
+    ys.push_back(empty_images(x, weight.size(0), x.size(2), x.size(3)));
+    for (Tensors* vectors : {&means, &variances, &scales}) {
+      vectors->push_back(empty_vector(weight.size(0), dtype_of(x)));
+    }
+  }
   with_sums(x.scalar_type(), [&](auto scalar) {
-    forward<decltype(scalar)>(x, weight, relu, eps, y, mean, variance, scale);
+    forward<decltype(scalar)>(maps, weights, relu, eps, ys, means, variances, scales);
   });
-  return {y, mean, variance, scale};
+  return {ys, means, variances, scales};
 }
 
-std::tuple<Tensor, Tensor> pointwise_batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor scale, Tensor weight,
-                                                         bool relu, bool needs_input_grad, bool needs_weight_grad) {
-  const int64_t channels = x.size(1);
-  Tensor d_x = needs_input_grad ? empty_as(x) : no_elements(x);
-  Tensor d_weight = needs_weight_grad
-                        ? empty_strided({weight.size(0), channels, 1, 1}, {channels, 1, 1, 1}, dtype_of(x))
-                        : no_elements(x);
-  with_sums(x.scalar_type(), [&](auto scalar) {
-    backward<decltype(scalar)>(grad, x, y, scale, weight, relu, needs_input_grad ? &d_x : nullptr,
-                               needs_weight_grad ? &d_weight : nullptr);
+std::tuple<Tensors, Tensors> pointwise_batch_norm_backward(Tensors grads, Tensors maps, Tensors ys, Tensors scales,
+                                                           Tensors weights, bool relu, bool needs_map_grads,
+                                                           bool needs_weight_grads) {
+  Tensors d_maps, d_weights;
+  for (const Tensor& map : maps) {
+    if (needs_map_grads) d_maps.push_back(empty_as(map));
+  }
+  for (const Tensor& weight : weights) {
+    const int64_t inputs = weight.size(1);
+    if (!needs_weight_grads) continue;
+    d_weights.push_back(empty_strided({weight.size(0), inputs, 1, 1}, {inputs, 1, 1, 1}, dtype_of(weight)));
+  }
+  with_sums(maps[0].scalar_type(), [&](auto scalar) {
+    backward<decltype(scalar)>(grads, maps, ys, scales, weights, relu, d_maps, d_weights);
   });
-  return {d_x, d_weight};
+  return {d_maps, d_weights};
 }
 
 }  // namespace

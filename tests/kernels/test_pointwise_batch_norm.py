@@ -1,4 +1,4 @@
-"""pointwise_batch_norm: kernels and reference against float64 and against eager; the modules it stands for."""
+"""pointwise_batch_norm and its group: kernels and reference against float64 and eager; the modules they stand for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from dssp_kernels import pointwise_batch_norm, relu_pointwise_norm
+from dssp_kernels import pointwise_batch_norm, pointwise_batch_norm_group, relu_pointwise_norms
 from tests.kernels.backends import with_cpu_kernels
 from tests.kernels.convolutions import assert_as_exact, normal, run
 from tests.kernels.derivatives import assert_differentiable_twice
@@ -158,11 +158,12 @@ def test_counts_the_flops_of_its_convolution() -> None:
 @with_cpu_kernels
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False)], ids=str)
 def test_opcheck(needs: tuple[bool, bool]) -> None:
-    x, weight = channels_last(normal(2, 8, 7, 6)), normal(16, 8, 1, 1, seed=1)
+    maps, weights = MAPS, WEIGHTS
     operators = torch.ops.dssp_kernels
-    opcheck(operators.pointwise_batch_norm_forward, (x, weight, True, 1e-5))
-    y, _, _, scale = operators.pointwise_batch_norm_forward(x, weight, True, 1e-5)
-    opcheck(operators.pointwise_batch_norm_backward, (torch.ones_like(y), x, y, scale, weight, True, *needs))
+    opcheck(operators.pointwise_batch_norm_forward, (maps, weights, True, [1e-5, 0.1]))
+    ys, _, _, scales = operators.pointwise_batch_norm_forward(maps, weights, True, [1e-5, 0.1])
+    grads = list(map(torch.ones_like, ys))
+    opcheck(operators.pointwise_batch_norm_backward, (grads, maps, ys, scales, weights, True, *needs))
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -179,7 +180,119 @@ def test_autocast_runs_in_the_autocast_dtype(backend: str) -> None:
     assert y.dtype is torch.bfloat16 and (y - eager(x, weight)).abs().max() < 0.1
 
 
-X, W = torch.zeros(2, 3, 4, 5), torch.zeros(7, 3, 1, 1)
+# ---- several weights, maps side by side -----------------------------------------------------------------------------
+
+MAPS = [channels_last(normal(3, channels, 7, 6, seed=channels)) for channels in (8, 24, 16)]
+WEIGHTS = [normal(outputs, 48, 1, 1, seed=outputs) for outputs in (16, 40)]
+
+
+def grouped(*tensors: Tensor, maps: int = 3, **arguments: Any) -> Tensor:
+    results = pointwise_batch_norm_group(tensors[:maps], tensors[maps:], **arguments)
+    return torch.cat([y for y, _, _ in results], dim=1)
+
+
+def one_by_one(*tensors: Tensor, maps: int = 3, relu: bool = False, eps: tuple[float, ...] = (1e-5,) * 3) -> Tensor:
+    x = torch.cat(tensors[:maps], dim=1)
+    return torch.cat([eager(x, w, relu, e) for w, e in zip(tensors[maps:], eps)], dim=1)  # noqa: B905  # fewer weights
+
+
+@pytest.mark.parametrize("dtype", list(SLACK), ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("relu", [True, False])
+def test_group_is_its_members_on_the_maps_side_by_side(backend: str, relu: bool, dtype: torch.dtype) -> None:
+    tensors = [tensor.to(dtype) for tensor in (*MAPS, *WEIGHTS)]
+    arguments: dict[str, Any] = {"relu": relu, "eps": (0.1, 1e-3)}
+    assert_as_exact(partial(grouped, **arguments), partial(one_by_one, **arguments), *tensors)
+
+
+@pytest.mark.parametrize("maps", [1, 2])
+@pytest.mark.parametrize("channels", [8, 12])
+def test_groups_of_every_size(backend: str, channels: int, maps: int) -> None:
+    """12 channels: no kernel is made for them."""
+    tensors = [channels_last(normal(2, channels, 5, 9, seed=m)) for m in range(maps)]
+    for weights in (1, 2, 3):
+        tensors.append(normal(8, maps * channels, 1, 1, seed=10 + weights))
+        assert_as_exact(partial(grouped, maps=maps), partial(one_by_one, maps=maps), *tensors)
+
+
+def test_statistics_of_a_group_are_each_ones_own(backend: str) -> None:
+    x = torch.cat(MAPS, dim=1)
+    for (_, *found), weight in zip(pointwise_batch_norm_group(MAPS, WEIGHTS, relu=True), WEIGHTS, strict=True):
+        for mine, alone in zip(found, pointwise_batch_norm(x, weight, relu=True)[1:], strict=True):
+            torch.testing.assert_close(mine, alone)
+
+
+@with_cpu_kernels
+def test_kernels_run_on_maps_that_they_are_made_for() -> None:
+    def node(*maps: Tensor) -> str:
+        leaf = maps[0].requires_grad_()
+        weight = normal(8, sum(x.shape[1] for x in maps), 1, 1)
+        return pointwise_batch_norm_group([leaf, *maps[1:]], [weight])[0][0].grad_fn.name()
+
+    fits = channels_last(normal(2, 8, 3, 3))
+    assert node(fits, fits.clone()) == "_PointwiseBatchNormBackward"
+    for other in (normal(2, 8, 3, 3), channels_last(normal(2, 9, 3, 3))):
+        assert node(fits, other) == "NativeBatchNormBackward0"
+
+
+@with_cpu_kernels
+def test_gradcheck_and_gradgradcheck_of_a_group() -> None:
+    maps = [channels_last(normal(2, 4, 3, 2, dtype=torch.float64, seed=m)).requires_grad_() for m in range(2)]
+    weights = [normal(4, 8, 1, 1, dtype=torch.float64, seed=2 + k).requires_grad_() for k in range(2)]
+    assert_differentiable_twice(partial(grouped, maps=2, relu=True), [*maps, *weights])
+
+
+@with_cpu_kernels
+def test_group_is_bit_equal_on_any_number_of_threads(threads: Callable[[int], None]) -> None:
+    maps = [channels_last(normal(8, 16, 32, 32, seed=m)) for m in range(3)]
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(run(grouped, *maps, *WEIGHTS))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_only_the_gradients_of_a_group_that_are_needed_come(backend: str, frozen: int) -> None:
+    _, *expected = run(grouped, *MAPS, *WEIGHTS)
+    leaves = [tensor.clone().requires_grad_(i != frozen) for i, tensor in enumerate((*MAPS, *WEIGHTS))]
+    y = grouped(*leaves)
+    y.backward(normal(*y.shape, seed=1))
+    for i, (leaf, gradient) in enumerate(zip(leaves, expected, strict=True)):
+        assert leaf.grad is None if i == frozen else torch.equal(leaf.grad, gradient)
+
+
+def test_result_that_nobody_used_adds_nothing(backend: str) -> None:
+    leaves = [tensor.clone().requires_grad_() for tensor in (*MAPS, *WEIGHTS)]
+    [_, (y, _, _)] = pointwise_batch_norm_group(leaves[:3], leaves[3:])
+    y.square().sum().backward()
+    alone = [tensor.clone().requires_grad_() for tensor in (*MAPS, WEIGHTS[1])]
+    eager(torch.cat(alone[:3], dim=1), alone[3], relu=False).square().sum().backward()
+    for leaf, other in zip([*leaves[:3], leaves[4]], alone, strict=True):
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
+    assert leaves[3].grad is None or not leaves[3].grad.any()
+
+
+@with_cpu_kernels
+def test_flops_of_a_group_are_those_of_its_members() -> None:
+    counts = []
+    for compute in (grouped, one_by_one):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*MAPS, *WEIGHTS)]
+        with FlopCounterMode(display=False) as counter:
+            compute(*leaves).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_group_compiles_without_graph_breaks() -> None:
+    found, expected = (run(f, *MAPS, *WEIGHTS) for f in (torch.compile(grouped, fullgraph=True), grouped))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+X, W, W_2 = torch.zeros(2, 3, 4, 5), torch.zeros(7, 3, 1, 1), torch.zeros(7, 6, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -201,11 +314,29 @@ def test_bad_input_is_named(error: type[Exception], words: str, x: Any, weight: 
         pointwise_batch_norm(x, weight)
 
 
-# ---- the modules it stands for ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (TypeError, "maps: expected a list or tuple of tensors, got Tensor", {"maps": X}),
+        (ValueError, "weights: expected at least one tensor, got none", {"weights": []}),
+        (TypeError, r"maps\[1\]: expected a tensor, got int", {"maps": [X, 3]}),
+        (ValueError, r"maps\[1\]: expected \(B, H, W.*as of maps\[0\], got \(2, 4, 4", {"maps": [X, X[..., :4]]}),
+        (ValueError, r"maps\[1\]: expected .*torch.float32.*got .*torch.float64", {"maps": [X, X.double()]}),
+        (ValueError, r"weights\[1\]: expected shape .* C = 6 as in x, got \[7, 3, 1, 1\]", {"weights": [W_2, W]}),
+        (TypeError, r"weights\[0\]: expected x's dtype torch.float32, got", {"weights": [W_2.double()]}),
+        (ValueError, r"eps: expected one per weight \(1\), got 2", {"eps": [0.1, 0.2]}),
+    ],
+)
+def test_bad_input_of_a_group_is_named(error: type[Exception], words: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=words):
+        pointwise_batch_norm_group(**{"maps": [X, X], "weights": [W_2], **arguments})
 
 
-def modules() -> nn.Sequential:
-    return nn.Sequential(nn.ReLU(), nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16, affine=False))
+# ---- the modules they stand for --------------------------------------------------------------------------------------
+
+
+def modules(channels: int = 8) -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(channels, 16, 1, bias=False), nn.BatchNorm2d(16, affine=False))
 
 
 def watched(module: nn.Module) -> nn.Module:
@@ -225,8 +356,12 @@ OTHERS: dict[str, Callable[[nn.Sequential], object]] = {
 }
 
 
+def run_modules(net: nn.Sequential, x: Tensor) -> Tensor:
+    return relu_pointwise_norms([tuple(net)], [x])[0]
+
+
 def node_of(net: nn.Sequential, x: Tensor) -> str:
-    return relu_pointwise_norm(*net, x.clone(memory_format=torch.preserve_format).requires_grad_()).grad_fn.name()
+    return run_modules(net, x.clone(memory_format=torch.preserve_format).requires_grad_()).grad_fn.name()
 
 
 @with_cpu_kernels
@@ -237,6 +372,19 @@ def test_modules_run_by_themselves_unless_it_is_certain_to_be_the_same(change: s
         OTHERS[change](net)
     same = copy.deepcopy(net)
     assert (node_of(net, x) == "_PointwiseBatchNormBackward") == (change is None)
-    torch.testing.assert_close(relu_pointwise_norm(*net, x), same(x))
+    torch.testing.assert_close(run_modules(net, x), same(x))
     same(x)  # as often as the other
     torch.testing.assert_close(net.state_dict(), same.state_dict())
+
+
+@pytest.mark.parametrize("change", [None, "affine", "hook 1"])
+def test_modules_that_read_maps_together_are_each_themselves(backend: str, change: str | None) -> None:
+    nets, maps = [modules(16) for _ in range(3)], [channels_last(normal(2, 8, 6, 6, seed=m)) for m in range(2)]
+    nets[2][2].momentum = 0.3
+    if change is not None:
+        OTHERS[change](nets[1])
+    copies, x = copy.deepcopy(nets), torch.cat(maps, dim=1)
+    results = relu_pointwise_norms([tuple(net) for net in nets], maps)
+    for net, same, y in zip(nets, copies, results, strict=True):
+        torch.testing.assert_close(y, same(x))
+        torch.testing.assert_close(net.state_dict(), same.state_dict())
