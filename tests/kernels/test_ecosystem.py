@@ -22,6 +22,7 @@ from dssp_kernels import (
     depthwise_conv2d,
     mixed_sum,
     pointwise_batch_norm,
+    pointwise_batch_norm_group,
     pool_batch_norm,
     separable_conv2d,
     separable_conv2d_group,
@@ -299,13 +300,20 @@ def operator(name: str, layout: torch.memory_format) -> tuple[Callable[..., Tens
                 torch.cat([pointwise, pointwise], 1)[[0] * 8],
             ],
         ),
+        "pointwise_batch_norm_group": (
+            lambda x, other, weight: pointwise_batch_norm_group([x, other], [weight, -weight])[1][0],
+            [
+                *(t.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last) for t in (x[0], x[1])),
+                torch.cat([pointwise] * 4, 1)[[0] * 8],
+            ],
+        ),
         "pool_batch_norm": (lambda x: pool_batch_norm(x, "max", 3, stride=2, padding=1)[0], [x[0]]),
     }[name]
 
 
 OPERATORS = [
     *("mixed_sum", "batch_norm_mixed_sum", "depthwise_conv2d", "separable_conv2d", "separable_conv2d_group"),
-    *("separable_conv2d_group, pair", "pointwise_batch_norm", "pool_batch_norm"),
+    *("separable_conv2d_group, pair", "pointwise_batch_norm", "pointwise_batch_norm_group", "pool_batch_norm"),
 ]
 
 

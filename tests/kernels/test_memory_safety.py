@@ -23,7 +23,7 @@ from dssp_kernels import (
     depthwise_conv2d,
     get_backend,
     mixed_sum,
-    pointwise_batch_norm,
+    pointwise_batch_norm_group,
     pool_batch_norm,
     separable_conv2d,
     separable_conv2d_group,
@@ -158,10 +158,14 @@ def pointwise_norms(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> 
     def run(wrap: Wrap) -> list[Tensor]:
         found = []
         for relu in (True, False):
-            x = wrap(random(shape[0], 8 * shape[1], *shape[2:], dtype=dtype, layout=layout)).requires_grad_()
-            weight = wrap(random(16, 8 * shape[1], 1, 1, dtype=dtype, seed=1)).requires_grad_()
-            y, mean, variance = pointwise_batch_norm(x, weight, relu=relu)
-            found += [mean, variance, *gradients_of(y, [x, weight], wrap)]
+            channels = 8 * shape[1], 24
+            maps = [
+                wrap(random(shape[0], of_map, *shape[2:], dtype=dtype, layout=layout)).requires_grad_()
+                for of_map in channels
+            ]
+            weights = [wrap(random(c, sum(channels), 1, 1, dtype=dtype, seed=c)).requires_grad_() for c in (16, 8)]
+            ys, means, variances = zip(*pointwise_batch_norm_group(maps, weights, relu=relu), strict=True)
+            found += [*means, *variances, *gradients_of(torch.cat(ys, dim=1), [*maps, *weights], wrap)]
         return found
 
     return run
@@ -197,7 +201,7 @@ OPERATORS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], Run]] = {
         separable_conv2d, [(shape[1], 1, 3, 3), (7, shape[1], 1, 1)], shape, dtype, layout
     ),
     "pool_batch_norm": pools,
-    "pointwise_batch_norm": pointwise_norms,
+    "pointwise_batch_norm_group": pointwise_norms,
     "separable_conv2d_group": lambda shape, dtype, layout: convolution(
         group_in_one, [(shape[1], 1, 3, 3), (shape[1], 1, 2, 2), (7, shape[1], 1, 1)], shape, dtype, layout
     ),

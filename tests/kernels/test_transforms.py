@@ -20,6 +20,7 @@ from dssp_kernels import (
     fuse_mixed_ops,
     mixed_sum,
     pointwise_batch_norm,
+    pointwise_batch_norm_group,
     pool_batch_norm,
     separable_conv2d,
     separable_conv2d_group,
@@ -63,6 +64,12 @@ OPERATORS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {  # o
         DEPTHWISE,
     ),
     "pointwise_batch_norm": (lambda x, weight: pointwise_batch_norm(x, weight, relu=True)[0], POINTWISE),
+    "pointwise_batch_norm_group": (
+        lambda x, weight: sum(
+            y for y, *_ in pointwise_batch_norm_group([x, x.sin()], [torch.cat([weight, weight], 1)] * 2, relu=True)
+        ),
+        POINTWISE,
+    ),
     "pool_batch_norm, max": (lambda x, scale: pool_batch_norm(x * scale, "max", 3, padding=1)[0], SCALE),
     "pool_batch_norm, avg": (lambda x, scale: torch.cat(pooled_with_statistics(x * scale)), SCALE),
 }
