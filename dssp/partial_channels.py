@@ -37,14 +37,14 @@ class PartialEdges(SearchEdges):
         super().__init__(space, channels // SHARE, stride)
         self._mixed, self._stride, self._inputs = channels // SHARE, stride, space.inputs
 
-    def forward(self, inputs: Sequence[Tensor], mixtures: Sequence[Mixture]) -> list[Tensor]:
-        """mixtures: one per node, for its incoming edges."""
+    def forward(self, inputs: Sequence[Tensor], mixture: Mixture) -> list[Tensor]:
+        """mixture: of all edges, in the space's order."""
         states, shared = list(inputs), SharedOutputs()
         heads, bypasses = (
             [self._head(state) for state in states],
             [self._bypass(state, i) for i, state in enumerate(states)],
         )
-        for node, mixture in zip(self._nodes, mixtures, strict=True):
+        for node, mixture in zip(self._nodes, mixture.split([len(node.edges) for node in self._nodes]), strict=True):
             mixed = node(heads, mixture.weights, None, shared, mixture.runs)
             beside = mixed_sum(bypasses, mixture.weights.sum(1, keepdim=True), relaxation="given")
             states.append(interleaved([mixed, *beside.chunk(SHARE - 1, dim=1)]))

@@ -13,7 +13,7 @@ from dssp.relaxation import Mixture, softmax_over
 from dssp.spaces import CellSpace
 from dssp.spaces.operations import build_candidate
 from dssp.spaces.skeleton import Cell, Edges
-from dssp_kernels import FusedMixedEdge, FusedMixedNode, SharedOutputs
+from dssp_kernels import CellSums, FusedMixedEdge, FusedMixedNode, SharedOutputs
 
 
 class SearchEdges(Edges):
@@ -40,17 +40,27 @@ class SearchEdges(Edges):
         """The mixed edge at a position in the space's order of edges."""
         return cast(FusedMixedEdge, self[position])
 
-    def forward(self, inputs: Sequence[Tensor], mixtures: Sequence[Mixture]) -> list[Tensor]:
-        """mixtures: one per node, for its incoming edges."""
-        states, shared = list(inputs), SharedOutputs()
-        for state, node, mixture in zip(self.space.node_states, self._nodes, mixtures, strict=True):
-            sources = [states[source] for source in self.space.sources(state)]
-            has_shortcut = self.space.has_shortcut(state)
+    def forward(self, inputs: Sequence[Tensor], mixture: Mixture) -> list[Tensor]:
+        """mixture: of all edges, in the space's order."""
+        shared = SharedOutputs()
+        edges = [(*ends, self.mixed_edge(position)) for position, ends in enumerate(self.space.edges)]
+        early = CellSums(edges, mixture.weights, mixture.runs)
+        states: list[Tensor] = []
+        for state in inputs:
+            early.enter(len(states), state)
+            states.append(state)
+        weights = mixture.weights.split([len(node.edges) for node in self._nodes])
+        for number, node, of_node in zip(self.space.node_states, self._nodes, weights, strict=True):
+            sources = [states[source] for source in self.space.sources(number)]
+            has_shortcut = self.space.has_shortcut(number)
             if has_shortcut and all(edge.is_pruned for edge in node.edges):
-                states.append(states[-1])
-                continue
-            mixed = node(sources, mixture.weights, None, shared, mixture.runs)
-            states.append(mixed + states[-1] if has_shortcut else mixed)
+                state = states[-1]
+            else:
+                runs = [early.runs[position] for position in self.space.edges_into(number)]
+                state = node(sources, of_node, None, shared, runs, early.sums.get(number))
+                state = state + states[-1] if has_shortcut else state
+            early.enter(number, state)
+            states.append(state)
         return states
 
 
@@ -106,8 +116,7 @@ class Supernet(CellNetwork):
     def forward(self, images: Tensor, mixtures: Mapping[str, Mixture] | None = None) -> Tensor:
         if mixtures is None:
             mixtures = {type: self.mixture(type) for type in self.cell_types}
-        sizes = [len(self.space.edges_into(node)) for node in self.space.node_states]
-        return self.logits(images, {type: (mixture.split(sizes),) for type, mixture in mixtures.items()})
+        return self.logits(images, {type: (mixture,) for type, mixture in mixtures.items()})
 
     def mixture(self, cell_type: str) -> Mixture:
         """DARTS' mixture under the paper's gates: sigmoid(mask) * softmax(alpha), over the candidates that are left."""

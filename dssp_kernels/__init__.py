@@ -7,6 +7,7 @@ from dssp_kernels.depthwise_conv.module import DepthwiseConv2d
 from dssp_kernels.depthwise_conv.op import depthwise_conv2d
 from dssp_kernels.mixed_sum.op import mixed_sum
 from dssp_kernels.modules import FusedMixedEdge, FusedMixedNode, PruningMask, prune_matrix
+from dssp_kernels.parameter_free_sums.cell import CellSums
 from dssp_kernels.pointwise_batch_norm.op import pointwise_batch_norm, pointwise_batch_norm_group
 from dssp_kernels.pointwise_batch_norm.step import relu_pointwise_norms
 from dssp_kernels.pool_batch_norm.op import pool_batch_norm
@@ -20,6 +21,7 @@ from dssp_kernels.separable_conv.step import SeparableStep
 from dssp_kernels.sharing import SharedOutputs, parameter_free
 
 __all__ = [
+    "CellSums",
     "DepthwiseConv2d",
     "FusedMixedEdge",
     "FusedMixedNode",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -49,13 +50,10 @@ class SharedOutputs:
         A pool with hooks, or whose norm does not fold (see dssp_kernels.folding), counts as any other candidate.
         ``parts`` is parts_of(candidate), where the caller has asked already.
         """
-        parts = parts_of(candidate) if parts is None else parts
-        if isinstance(parts, Parts):
-            pool, norm = (parts.body[0] if len(parts.body) == 1 else None), parts.norm
-        else:
-            pool, norm = candidate, None
-        if not isinstance(pool, nn.Module) or type(pool) not in _POOL_SETTINGS or is_watched(pool):
+        found = pool_of(candidate, parts)
+        if found is None:
             return None
+        pool, norm = found
         if norm is not None and norm.training and norm.weight is None and norm.momentum is not None:
             return self._normalised(pool, norm, x), None
         return self._pooled(pool, x), norm
@@ -98,12 +96,37 @@ class SharedOutputs:
         return y
 
 
+def pool_of(
+    candidate: nn.Module | None, parts: Parts | str | None = None
+) -> tuple[nn.Module, nn.BatchNorm2d | None] | None:
+    """The pool that a candidate is, or starts with, and the norm that it ends in; None if it is anything else.
+
+    Nobody may be watching the pool. ``parts`` is parts_of(candidate), where the caller has asked already.
+    """
+    if parts is None and type(candidate) not in (*_POOL_SETTINGS, nn.Sequential):
+        return None
+    parts = parts_of(candidate) if parts is None else parts
+    if isinstance(parts, Parts):
+        pool, norm = (parts.body[0] if len(parts.body) == 1 else None), parts.norm
+    else:
+        pool, norm = candidate, None
+    if not isinstance(pool, nn.Module) or type(pool) not in _POOL_SETTINGS or is_watched(pool):
+        return None
+    return pool, norm
+
+
 _USUAL: dict[str, object] = {"dilation": 1, "ceil_mode": False, "return_indices": False, "divisor_override": None}
+
+
+def settings_of(pool: nn.Module) -> dict[str, Any] | None:
+    """kernel_size, stride and padding of a pool and, of an average, count_include_pad; None if others are not usual."""
+    settings = {name: getattr(pool, name) for name in _POOL_SETTINGS[type(pool)]}
+    return settings if all(settings.pop(name, usual) == usual for name, usual in _USUAL.items()) else None
 
 
 def _pool_and_norm(pool: nn.Module, norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """norm(pool(x)) by batch statistics, and these: mean and unbiased variance."""
-    settings = {name: getattr(pool, name) for name in _POOL_SETTINGS[type(pool)]}
-    if all(settings.pop(name, usual) == usual for name, usual in _USUAL.items()):
+    settings = settings_of(pool)
+    if settings is not None:
         return pool_batch_norm(x, "max" if type(pool) is nn.MaxPool2d else "avg", eps=norm.eps, **settings)
     return batch_norm_with_statistics(pool(x), norm.eps)
