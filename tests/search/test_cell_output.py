@@ -90,7 +90,7 @@ def test_watched_cell_is_called_with_tensors(position: int) -> None:
 def test_cell_of_tensors_gives_what_it_puts_out() -> None:
     cell, maps = small_net().cells[0], some_maps()
     x = torch.cat(maps, dim=1).detach()
-    mixtures = Mixture(torch.full((14, 8), 0.125)).split([2, 3, 4, 5])  # of the edges into each node
-    together = cell.put_out(CellOutput(maps), CellOutput(maps), architecture=(mixtures,))
+    mixture = Mixture(torch.full((14, 8), 0.125))
+    together = cell.put_out(CellOutput(maps), CellOutput(maps), architecture=(mixture,))
     assert len(together.maps) == 4
-    torch.testing.assert_close(cell(x, x, architecture=(mixtures,)), together.tensor)
+    torch.testing.assert_close(cell(x, x, architecture=(mixture,)), together.tensor)

@@ -54,7 +54,7 @@ def test_cell_and_its_gradients_are_those_of_the_paper(stride: int, layout: torc
     nodes = torch.tensor([node for _, node in SPACE.edges])
     shares = softmax_per_node(beta, torch.ones(5, dtype=torch.bool), nodes)
     mixture = Mixture(shares.unsqueeze(1) * alpha.softmax(-1))
-    found = edges(inputs, mixture.split(SPACE.node_states))[2:]
+    found = edges(inputs, mixture)[2:]
     expected = by_the_paper(edges, inputs, alpha, beta, stride)[2:]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     assert all(state.is_contiguous(memory_format=layout) for state in found)
@@ -74,7 +74,7 @@ def test_interleaving_is_the_channel_shuffle() -> None:
 
 def test_odd_maps_are_halved_like_the_candidates_do() -> None:
     edges = PartialEdges(SPACE, 8, 2)
-    states = edges([torch.randn(2, 8, 7, 5)] * 2, Mixture(torch.rand(5, 4)).split(SPACE.node_states))
+    states = edges([torch.randn(2, 8, 7, 5)] * 2, Mixture(torch.rand(5, 4)))
     assert [tuple(state.shape[1:]) for state in states[2:]] == [(8, 4, 3)] * 2
 
 
