@@ -18,8 +18,8 @@ NAMED = (
     ("depthwise convolution", ("depthwise", "separable")),
     ("other convolution", ("pointwise",)),
     ("mix", ("mixed_sum", "mixedsum")),
-    ("BatchNorm", ("batch_norm", "batchnorm", "aten::lerp")),
-    ("pooling", ("pool",)),
+    ("BatchNorm", ("batch_norm", "batchnorm", "lerp")),
+    ("pooling", ("pool", "parameter_free")),  # ours with its BatchNorm and its share of the mix
     ("element-wise", ("relu", "clamp_min", "threshold", "aten::copy_", "aten::cat", "aten::fill_", "aten::zero_")),
 )
 # Stock DARTS mixes by these. They also sum the gradients where a state branches: a profile cannot tell the two apart.

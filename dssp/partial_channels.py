@@ -44,9 +44,10 @@ class PartialEdges(SearchEdges):
             [self._head(state) for state in states],
             [self._bypass(state, i) for i, state in enumerate(states)],
         )
-        for node, mixture in zip(self._nodes, mixture.split([len(node.edges) for node in self._nodes]), strict=True):
-            mixed = node(heads, mixture.weights, None, shared, mixture.runs)
-            beside = mixed_sum(bypasses, mixture.weights.sum(1, keepdim=True), relaxation="given")
+        of_nodes = mixture.split([len(node.edges) for node in self._nodes])
+        for node, of_node in zip(self._nodes, of_nodes, strict=True):
+            mixed = node(heads, of_node.weights, None, shared, of_node.runs)
+            beside = mixed_sum(bypasses, of_node.weights.sum(1, keepdim=True), relaxation="given")
             states.append(interleaved([mixed, *beside.chunk(SHARE - 1, dim=1)]))
             heads.append(self._head(states[-1]))
             bypasses.append(self._bypass(states[-1], len(states) - 1))

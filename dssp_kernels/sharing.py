@@ -92,7 +92,7 @@ class SharedOutputs:
             self._inputs.append(x)
             self._batch_norms[key] = _pool_and_norm(pool, norm, x)
         y, mean, variance = self._batch_norms[key]
-        update_running_statistics(norm, mean, variance)
+        update_running_statistics([(norm, mean, variance)])
         return y
 
 

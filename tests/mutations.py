@@ -154,13 +154,24 @@ MUTATIONS = [
         "dssp_kernels/pool_batch_norm/cpu_windows.h",
         "kernels/test_pool_batch_norm.py",
         ("pool-cpu-first", "(value > best[i])", "(value >= best[i])"),
-        ("pool-cpu-nan", " | (value != value)", ""),
+        ("pool-cpu-nan", "(value > best[i]) | (value != value)", "(value > best[i])"),
+        ("pool-strip-first", "(is_above & (right.value == left.value))", "(right.value == left.value)"),
+        ("pool-strip-nan", "((right.value != right.value) &", "((right.value < right.value) &"),
+        ("pool-strip-sum", "(left + middle + right) * share", "(left + middle) * share"),
         ("pool-cpu-share", "counts_padding ? taps : row_count * columns_inside", "taps"),
     ),
     *of_formulas(
         "dssp_kernels/pool_batch_norm/cpu.cpp",
         "kernels/test_pool_batch_norm.py",
         ("pool-cpu-shift", "means[lane] = std::isfinite(mean) ? mean : S(0);", "means[lane] = S(0);"),
+    ),
+    *of_formulas(
+        "dssp_kernels/parameter_free_sums/cpu.cpp",
+        "kernels/test_parameter_free_sums.py",
+        ("sums-cpu-constant", "constant += work.weight(j, k) * sums[j].sum(c);", ""),
+        ("sums-cpu-slope", "slope += work.weight(j, k) * sums[j].product(k, c);", ""),
+        ("sums-cpu-missing", "if (work.taken(j, k)) combination", "combination"),
+        ("sums-cpu-at-once", "(value + value / kAtOnce + 1) * lanes", "(value + 1) * lanes"),
     ),
     # ---- kernels in Triton, interpreted
     *of_formulas(

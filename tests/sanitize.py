@@ -21,6 +21,7 @@ TESTS = (
     "test_separable_conv.py",
     "test_pointwise_batch_norm.py",
     "test_pool_batch_norm.py",
+    "test_parameter_free_sums.py",
     "test_separable_conv_group.py",
     "test_separable_conv_pairs.py",
     "test_properties.py",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -70,9 +70,9 @@ class CellSums:
         for (row, norms), result in zip(taken.items(), results, strict=True):
             self.sums[self._edges[row][1]] = result
             self.runs[row] = [run and position not in norms for position, run in enumerate(self.runs[row])]
-            for position, norm in norms.items():
-                if norm is not None:
-                    update_running_statistics(norm, *of_position[position])
+        update_running_statistics(
+            (norm, *of_position[p]) for norms in taken.values() for p, norm in norms.items() if norm is not None
+        )
 
     def _given(self, row: int) -> dict[int, _Given]:
         """The candidates of an edge that run and are functions of the state alone, by their position."""
@@ -114,9 +114,9 @@ def _function_of(candidate: nn.Module) -> _Given | None:
     pool, norm = found
     if norm is not None and not (norm.training and norm.weight is None and norm.momentum is not None):
         return None
-    geometry = (pair(name, settings.pop(name), 0) for name in ("kernel_size", "stride", "padding"))
-    kind = MAX if type(pool) is nn.MaxPool2d else AVERAGE
-    return _Given(_Function(kind, *geometry, **settings, eps=None if norm is None else norm.eps), norm)
+    kernel_size, stride, padding = (pair(name, settings[name], 0) for name in ("kernel_size", "stride", "padding"))
+    kind, counts = MAX if type(pool) is nn.MaxPool2d else AVERAGE, settings.get("count_include_pad", True)
+    return _Given(_Function(kind, kernel_size, stride, padding, counts, None if norm is None else norm.eps), norm)
 
 
 def _fit(x: Tensor, functions: Sequence[_Function]) -> bool:
@@ -128,14 +128,15 @@ def _fit(x: Tensor, functions: Sequence[_Function]) -> bool:
         not others
         and min(rows, columns) > 0
         and batch * rows * columns > 1
-        and all(f.kernel_size[0] * f.kernel_size[1] <= 256 for f in functions)  # a byte says which pixel was the largest
+        and all(
+            f.kernel_size[0] * f.kernel_size[1] <= 256 for f in functions
+        )  # a byte says which pixel was the largest
         and all(2 * p <= k for f in functions for p, k in zip(f.padding, f.kernel_size, strict=True))
     )
 
 
 def _joined(functions: Sequence[_Function]) -> Functions:
     kinds, *sizes, count_include_pad, eps = zip(*functions, strict=True)
-    flat: list[Any] = [[size for of_one in of_all for size in of_one] for of_all in sizes]
-    return Functions(
-        list(kinds), *flat, list(count_include_pad), [e is not None for e in eps], [0.0 if e is None else e for e in eps]
-    )
+    kernel_sizes, strides, paddings = ([size for of_one in of_all for size in of_one] for of_all in sizes)
+    normalised, known = [e is not None for e in eps], [0.0 if e is None else e for e in eps]
+    return Functions(list(kinds), kernel_sizes, strides, paddings, list(count_include_pad), normalised, known)

@@ -127,7 +127,7 @@ struct Function {
   double eps;
 };
 
-// What a pass over a batch needs to know. weight(j, k): of f_k in sum j, 0 where it has none.
+// What a pass over a batch needs to know. weight(j, k): of f_k in sum j, where that takes it.
 struct Work {
   std::vector<Function> functions;
   int64_t sums, candidates;
@@ -138,7 +138,7 @@ struct Work {
   int64_t count() const { return functions.size(); }
   bool taken(int64_t j, int64_t k) const { return takes[j * count() + k]; }
   int64_t place(int64_t j, int64_t k) const { return edges[j] * candidates + positions[k]; }
-  double weight(int64_t j, int64_t k) const { return taken(j, k) ? weights[place(j, k)] : 0.0; }
+  double weight(int64_t j, int64_t k) const { return weights[place(j, k)]; }
 
   // use(first image, last)
   template <typename Use>

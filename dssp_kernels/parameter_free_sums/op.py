@@ -187,7 +187,7 @@ def _backward_fake(
 def _forward_flops(
     x_shape: Any, _weights: Any, _addends: Any, edges: Any, candidates: Any, takes: Any, *functions: Any, **_out: Any
 ) -> int:
-    """A multiplication and an addition per element and function of each sum, as of a mix; torch counts none of pools."""
+    """A multiplication and an addition per element and function of each sum, as of a mix; torch counts no pools."""
     return 2 * sum(takes) * torch.Size(output_shape(x_shape, Functions(*functions), 0)).numel()
 
 

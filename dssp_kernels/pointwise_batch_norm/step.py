@@ -30,9 +30,10 @@ def relu_pointwise_norms(stages: Sequence[Stage], maps: Sequence[Tensor]) -> lis
         found = pointwise_batch_norm_group(
             maps, [conv.weight for conv in convs], relu=True, eps=[norm.eps for norm in norms]
         )
-        for stage, (y, mean, variance) in zip(as_one, found, strict=True):
-            update_running_statistics(stage[2], mean, variance)
-            results[stage] = y
+        results = {stage: y for stage, (y, _, _) in zip(as_one, found, strict=True)}
+        update_running_statistics(
+            (norm, mean, variance) for norm, (_, mean, variance) in zip(norms, found, strict=True)
+        )
     if len(as_one) < len(stages):
         x = maps[0] if len(maps) == 1 else torch.cat(list(maps), dim=1)
         results |= {stage: _run(stage, x) for stage in stages if stage not in results}

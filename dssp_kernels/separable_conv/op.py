@@ -149,8 +149,7 @@ def separable_conv2d_group(x: Tensor, convolutions: Sequence[SeparableConvolutio
     geometry = Geometry(strides, paddings, dilations, list(relu), follows, eps)
     found = _SeparableConv2dGroup.apply(x, geometry, *weights)
     results, statistics = found[: len(convolutions)], found[len(convolutions) :]
-    for pair, mean, variance in zip(pairs.values(), *_halves(statistics), strict=True):
-        update_running_statistics(pair.norm, mean, variance)
+    update_running_statistics(zip((pair.norm for pair in pairs.values()), *_halves(statistics), strict=True))
     order = [*(k for k in range(len(convolutions)) if k not in pairs), *pairs]
     return [y for _, y in sorted(zip(order, results, strict=True), key=operator.itemgetter(0))]
 

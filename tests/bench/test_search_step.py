@@ -172,6 +172,7 @@ def test_phases_are_timed_in_turns_and_the_first_round_is_not_counted() -> None:
         ("dssp_kernels::separable_conv2d_group_forward", [], "depthwise convolution"),
         ("dssp_kernels::pointwise_batch_norm_forward", [], "other convolution"),
         ("dssp_kernels::batch_norm_mixed_sum_forward", [], "mix"),
+        ("dssp_kernels::parameter_free_sums_backward", [], "pooling"),
         ("aten::native_batch_norm_backward", [], "BatchNorm"),
         ("aten::mul", [], "mix"),
         ("aten::max_pool2d_with_indices", [], "pooling"),

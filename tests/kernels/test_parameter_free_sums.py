@@ -83,7 +83,9 @@ def eager(x: Tensor, weights: Tensor, *addends: Tensor, sums: Sums, functions: F
             AVERAGE: lambda k=kernel, s=stride, p=padding, c=counts: F.avg_pool2d(x, k, s, p, count_include_pad=c),
             IDENTITY: lambda: x,
         }[kind]()
-        values.append(F.batch_norm(y, None, None, training=True, eps=functions.eps[k]) if functions.normalised[k] else y)
+        if functions.normalised[k]:
+            y = F.batch_norm(y, None, None, training=True, eps=functions.eps[k])
+        values.append(y)
     totals = []
     for j, edge in enumerate(sums.edges):
         taken = [k for k in range(len(values)) if sums.takes[j * len(values) + k]]
