@@ -105,8 +105,9 @@ class CellNetwork(nn.Module):
 
 
 def _puts_out(module: nn.Module) -> TypeGuard[Cell]:
-    """Whether it is a cell that nobody watches: who does expects to see it called, with tensors."""
-    return isinstance(module, Cell) and not (is_watched(module) or _has_any_global_hook())
+    """Whether it is a cell with a Cell's forward(), and nobody is watching: who does expects it to be called."""
+    is_usual = isinstance(module, Cell) and type(module).forward is Cell.forward
+    return is_usual and not (is_watched(module) or _has_any_global_hook())
 
 
 class DropPath:

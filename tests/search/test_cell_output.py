@@ -87,6 +87,20 @@ def test_watched_cell_is_called_with_tensors(position: int) -> None:
     assert [x.shape[1] for x in (s0, s1, y)] == widths[position : position + 3]
 
 
+def test_cell_with_a_forward_of_its_own_is_called() -> None:
+    net = small_net()
+    usual = type(net.cells[1])
+
+    class Doubled(usual):  # type: ignore[misc, valid-type]
+        def forward(self, *inputs: Tensor, **architecture: object) -> Tensor:
+            return 2 * super().forward(*inputs, **architecture)
+
+    found = [copy.deepcopy(net), copy.deepcopy(net)]
+    found[0].cells[1].__class__ = Doubled
+    found[1].cells[1].register_forward_hook(lambda cell, inputs, y: 2 * y)
+    torch.testing.assert_close(found[0](IMAGES), found[1](IMAGES))
+
+
 def test_cell_of_tensors_gives_what_it_puts_out() -> None:
     cell, maps = small_net().cells[0], some_maps()
     x = torch.cat(maps, dim=1).detach()
