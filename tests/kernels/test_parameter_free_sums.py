@@ -164,6 +164,18 @@ def test_nan_and_inf_stay_in_their_channel(value: float) -> None:
     torch.testing.assert_close(mine[:, :, other], theirs[:, :, other], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1)])
+def test_maxima_and_their_pixels_are_torchs_with_ties_and_nan(kernel: int, stride: int) -> None:
+    """Without a norm, which would spread a NaN over its channel."""
+    functions = Functions([MAX], [kernel] * 2, [stride] * 2, [kernel // 2] * 2, [True], [False], [0.0])
+    x = normal(4, 8, 9, 9).round()
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.1] = float("nan")
+    given = {"sums": sums_of(functions, [0], [0]), "functions": functions}
+    tensors = channels_last(x), torch.ones(1, 1)
+    for mine, theirs in zip(*(run(partial(f, **given), *tensors) for f in (ours, eager)), strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
 @DTYPES
 def test_statistics_are_those_that_running_ones_take_in(dtype: torch.dtype) -> None:
     x = channels_last(normal(4, 8, 9, 9, dtype=dtype) + 100)  # far from zero
