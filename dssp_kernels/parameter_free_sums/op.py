@@ -53,7 +53,8 @@ def parameter_free_sums(
 def is_served(x: Tensor) -> bool:
     """Whether the C++ kernels are made for this state: pixels one after the other, of whole vectors of channels."""
     return (
-        implementation_for(x.device) == "cpu"
+        x.device.type == "cpu"
+        and implementation_for(x.device) == "cpu"
         and x.dim() == 4
         and x.dtype in _LANES
         and x.shape[1] % _LANES[x.dtype] == 0

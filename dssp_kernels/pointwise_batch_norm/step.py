@@ -58,6 +58,7 @@ def runs_as_one(stage: Stage, maps: Sequence[Tensor]) -> bool:
         and type(norm) is nn.BatchNorm2d
         and can_normalise_rows(norm)
         and not (is_watched(norm) or _has_any_global_hook())
+        and maps[0].device.type == "cpu"
         and implementation_for(maps[0].device) == "cpu"
         and is_served(maps, [conv.weight])
     )
