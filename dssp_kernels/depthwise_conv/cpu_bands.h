@@ -359,11 +359,14 @@ void write_weight_gradient(const Geometry& g, const UnsetBuffer<Sum<Scalar>>& pa
 }
 
 // [B, channels, rows, columns] in the layout of x: channels_last if its channels lie innermost, else contiguous.
+inline Tensor empty_channels_last(const Tensor& x, int64_t channels, int64_t rows, int64_t columns) {
+  const int64_t row = columns * channels;
+  return empty_strided({x.size(0), channels, rows, columns}, {rows * row, 1, row, channels}, dtype_of(x));
+}
+
 inline Tensor empty_images(const Tensor& x, int64_t channels, int64_t rows, int64_t columns) {
+  if (x.stride(1) == 1 && x.stride(3) != 1) return empty_channels_last(x, channels, rows, columns);
   const int64_t batch = x.size(0), image = channels * rows * columns;
-  if (x.stride(1) == 1 && x.stride(3) != 1) {
-    return empty_strided({batch, channels, rows, columns}, {image, 1, columns * channels, channels}, dtype_of(x));
-  }
   return empty_strided({batch, channels, rows, columns}, {image, rows * columns, columns, 1}, dtype_of(x));
 }
 

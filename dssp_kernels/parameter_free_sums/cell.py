@@ -128,9 +128,8 @@ def _fit(x: Tensor, functions: Sequence[_Function]) -> bool:
         not others
         and min(rows, columns) > 0
         and batch * rows * columns > 1
-        and all(
-            f.kernel_size[0] * f.kernel_size[1] <= 256 for f in functions
-        )  # a byte says which pixel was the largest
+        # a byte says which pixel of a window was the largest
+        and all(f.kernel_size[0] * f.kernel_size[1] <= 256 for f in functions)
         and all(2 * p <= k for f in functions for p, k in zip(f.padding, f.kernel_size, strict=True))
     )
 

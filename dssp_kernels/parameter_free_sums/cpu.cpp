@@ -412,7 +412,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> parameter_free_
   const Work work = work_of(x, weights, edges, candidates, takes, kinds, kernels, strides, paddings, count_include_pad,
                             normalised, eps);
   const Geometry& g = work.functions[0].pool.g;
-  const auto empty = [&] { return empty_images(x, g.channels, g.rows.outputs, g.columns.outputs); };
+  const auto empty = [&] { return empty_channels_last(x, g.channels, g.rows.outputs, g.columns.outputs); };
   Results results;
   for (int64_t j = 0; j < work.sums; ++j) results.sums.push_back(empty());
   with_sums(x.scalar_type(), [&](auto scalar) {

@@ -18,8 +18,7 @@ from dssp_kernels.parameter_free_sums.reference import (
     Sums,
     parameter_free_sums_reference,
 )
-
-_LANES = {torch.float32: 8, torch.float64: 4}
+from dssp_kernels.pointwise_batch_norm.op import LANES
 
 
 def parameter_free_sums(
@@ -56,8 +55,8 @@ def is_served(x: Tensor) -> bool:
         x.device.type == "cpu"
         and implementation_for(x.device) == "cpu"
         and x.dim() == 4
-        and x.dtype in _LANES
-        and x.shape[1] % _LANES[x.dtype] == 0
+        and x.dtype in LANES
+        and x.shape[1] % LANES[x.dtype] == 0
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")  # there convolutions' results are of another dtype
@@ -82,7 +81,11 @@ class _ParameterFreeSums(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, sums: Sums, functions: Functions, *addends: Tensor | None
     ) -> tuple[Tensor, ...]:
         results, pooled, positions, means, variances, scales = torch.ops.dssp_kernels.parameter_free_sums_forward(
-            x, weights, addends, *sums, *functions
+            x,
+            weights.contiguous(),
+            [None if addend is None else _dense(addend) for addend in addends],
+            *sums,
+            *functions,
         )
         ctx.save_for_backward(x, weights, *pooled, *positions, *scales)
         ctx.sums, ctx.functions, ctx.sizes = sums, functions, (len(pooled), len(positions))

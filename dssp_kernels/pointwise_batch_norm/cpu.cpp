@@ -307,7 +307,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> pointwise_batch_norm_forward(Tens
   const Tensor& x = maps[0];
   Tensors ys, means, variances, scales;
   for (const Tensor& weight : weights) {
-    ys.push_back(empty_images(x, weight.size(0), x.size(2), x.size(3)));
+    ys.push_back(empty_channels_last(x, weight.size(0), x.size(2), x.size(3)));
     for (Tensors* vectors : {&means, &variances, &scales}) {
       vectors->push_back(empty_vector(weight.size(0), dtype_of(x)));
     }

@@ -16,7 +16,8 @@ from dssp_kernels.backend import backward_is_transformed, implementation_for
 from dssp_kernels.depthwise_conv.arguments import DTYPES, autocast
 from dssp_kernels.pointwise_batch_norm.reference import pointwise_batch_norm_reference
 
-_LANES = {torch.float32: 8, torch.float64: 4}
+LANES = {torch.float32: 8, torch.float64: 4}
+"""Channels in a vector of the C++ kernels, of the types that they keep sums in."""
 Normalised = tuple[Tensor, Tensor, Tensor]
 """y, and the mean and the unbiased variance of what it was before."""
 
@@ -96,7 +97,7 @@ def pointwise_batch_norm_group(
 
 def is_served(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     """Whether the C++ kernels are made for this: pixels one after the other, each some whole vectors of channels."""
-    lanes = _LANES.get(maps[0].dtype, 0)
+    lanes = LANES.get(maps[0].dtype, 0)
     return (
         lanes > 0
         and not any(weight.shape[0] % lanes for weight in weights)

@@ -147,6 +147,14 @@ def test_any_pools(data: st.DataObject) -> None:
     check(shape, functions, sums, data.draw(st.integers(0, count)), torch.float64)
 
 
+def test_weights_and_addends_in_any_memory_and_a_column_of_any_stride() -> None:
+    x = torch.empty_strided((3, 8, 6, 1), (48, 1, 8, 1)).copy_(normal(3, 8, 6, 1))  # the stride of one column is any
+    assert is_served(x) and x.stride(3) == 1
+    weights, addend = normal(7, 5, seed=1).t(), normal(3, 8, 6, 1, seed=2)
+    given = {"sums": THREE(darts(), candidates=[0, 1, 2]), "functions": darts()}
+    assert_as_exact(partial(ours, **given), partial(eager, **given), x, weights, addend)
+
+
 def test_of_equal_pixels_the_first_gets_the_gradient() -> None:
     x, weights = channels_last(normal(2, 8, 8, 8).round()), normal(5, 7, seed=1)  # full of ties, as after a ReLU
     given = {"sums": THREE(darts(), candidates=[0, 1, 2]), "functions": darts()}

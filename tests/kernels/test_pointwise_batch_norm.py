@@ -56,6 +56,11 @@ def test_channels_layouts_and_dtypes(
     check(x, normal(outputs, channels, 1, 1, dtype=dtype, seed=1))
 
 
+def test_column_of_any_stride(backend: str) -> None:
+    x = torch.empty_strided((3, 8, 6, 1), (48, 1, 8, 1)).copy_(normal(3, 8, 6, 1))
+    check(x, normal(16, 8, 1, 1, seed=1))
+
+
 @with_cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_kernels_run_where_they_are_said_to(dtype: torch.dtype) -> None:
